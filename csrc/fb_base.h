@@ -1,0 +1,109 @@
+/* fb_base.h - what differs between compilers and platforms, and the floating-point mode.
+ *
+ * Guarantees: IEEE semantics (a build that would break them does not compile), one spelling for inlining,
+ * unrolling, prefetch and alignment, and fb_fp_enter/fb_fp_leave, which give a thread round-to-nearest with
+ * subnormals kept for the length of a call. No other file asks which compiler or operating system this is.
+ */
+#ifndef FB_BASE_H
+#define FB_BASE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
+#error "fastblock promises the same bits everywhere: build it without -ffast-math, -Ofast or -ffinite-math-only"
+#endif
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
+#error "fastblock needs float and double arithmetic without excess precision (on 32-bit x86: -msse2 -mfpmath=sse)"
+#endif
+
+#define FB_STR_(x) #x
+#define FB_STR(x) FB_STR_(x)
+#define FB_CAT_(a, b) a##b
+#define FB_CAT(a, b) FB_CAT_(a, b)
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#include <intrin.h>
+#define FB_INLINE static __forceinline
+#define FB_NOINLINE static __declspec(noinline)
+#define FB_RESTRICT __restrict
+#define FB_ALIGNED(n) __declspec(align(n))
+#define FB_LIKELY(x) (x)
+#define FB_UNROLL
+#define FB_PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
+#define FB_PREFETCH_L2(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
+#else
+#define FB_INLINE static inline __attribute__((always_inline))
+#define FB_NOINLINE static __attribute__((noinline))
+#define FB_RESTRICT __restrict__
+#define FB_ALIGNED(n) __attribute__((aligned(n)))
+#define FB_LIKELY(x) __builtin_expect(!!(x), 1)
+/* Constant-bound loops over accumulators: without the pragma gcc 12 keeps the accumulators on the stack. */
+#define FB_UNROLL _Pragma("GCC unroll 16")
+#define FB_PREFETCH(p) __builtin_prefetch((p), 0, 3)
+#define FB_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
+#endif
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define FB_X86 1
+#else
+#define FB_X86 0
+#endif
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#define FB_AARCH64 1
+#else
+#define FB_AARCH64 0
+#endif
+
+/* The calling thread's floating-point mode: save it, set the IEEE default (round to nearest even, no flush to zero,
+ * no traps), restore it. Control registers are per thread, so every worker does this itself. Writing the register
+ * is slow and almost never needed: it is written only when the mode differs. */
+#if FB_X86
+#include <xmmintrin.h>
+typedef unsigned fb_fp_mode;
+#define FB_MXCSR_MODE 0xffc0u /* all but the sticky flags */
+#define FB_MXCSR_DEFAULT 0x1f80u
+FB_INLINE fb_fp_mode fb_fp_enter(void)
+{
+    fb_fp_mode old = _mm_getcsr();
+    if ((old & FB_MXCSR_MODE) != FB_MXCSR_DEFAULT)
+        _mm_setcsr(FB_MXCSR_DEFAULT);
+    return old;
+}
+FB_INLINE void fb_fp_leave(fb_fp_mode old)
+{
+    if ((old & FB_MXCSR_MODE) != FB_MXCSR_DEFAULT)
+        _mm_setcsr(old);
+}
+#elif FB_AARCH64
+typedef uint64_t fb_fp_mode;
+FB_INLINE fb_fp_mode fb_fp_enter(void)
+{
+    fb_fp_mode old, ieee = 0; /* FZ, FZ16, RMode, DN, AHP, FIZ, AH, NEP all 0 */
+    __asm__ volatile("mrs %0, fpcr" : "=r"(old));
+    if (old)
+        __asm__ volatile("msr fpcr, %0" ::"r"(ieee) : "memory");
+    return old;
+}
+FB_INLINE void fb_fp_leave(fb_fp_mode old)
+{
+    if (old)
+        __asm__ volatile("msr fpcr, %0" ::"r"(old) : "memory");
+}
+#else
+#include <fenv.h>
+typedef fenv_t fb_fp_mode;
+FB_INLINE fb_fp_mode fb_fp_enter(void)
+{
+    fb_fp_mode old;
+    fegetenv(&old);
+    fesetenv(FE_DFL_ENV);
+    return old;
+}
+FB_INLINE void fb_fp_leave(fb_fp_mode old)
+{
+    fesetenv(&old);
+}
+#endif
+
+#endif

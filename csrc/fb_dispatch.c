@@ -1,0 +1,79 @@
+/* fb_dispatch.c - which tier this CPU runs. The only file that knows more than one tier. */
+#include "fb_kernels.h"
+
+#include <stdatomic.h>
+
+#define FB_TIER_ROW(tier) {#tier, fb_kernels_##tier},
+static const struct {
+    const char *name;
+    const struct fb_kernels *const *kernels;
+} tiers[] = {FB_TIERS(FB_TIER_ROW)};
+#undef FB_TIER_ROW
+enum { TIERS = sizeof tiers / sizeof *tiers };
+
+static _Atomic int in_use = -1; /* -1: not chosen yet */
+
+static int cpu_has(const char *tier)
+{
+#if FB_X86 && (defined(__GNUC__) || defined(__clang__))
+    __builtin_cpu_init(); /* asks the operating system, too, whether it saves the wide registers */
+    if (tier[0] == 'a')
+        return tier[3] == '5' ? __builtin_cpu_supports("avx512f")
+                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+    (void)tier;
+    return 1; /* neon and portable need nothing that the target does not promise */
+}
+
+const char *fb_isa_name(int i)
+{
+    return i >= 0 && i < TIERS ? tiers[i].name : NULL;
+}
+
+int fb_isa_compiled(int i)
+{
+    return i >= 0 && i < TIERS && tiers[i].kernels[0] != NULL;
+}
+
+int fb_isa_usable(int i)
+{
+    return fb_isa_compiled(i) && cpu_has(tiers[i].name);
+}
+
+int fb_isa(void)
+{
+    int i = atomic_load_explicit(&in_use, memory_order_relaxed);
+    if (i < 0) { /* two threads that come here at once choose the same */
+        for (i = 0; !fb_isa_usable(i); i++)
+            ;
+        atomic_store_explicit(&in_use, i, memory_order_relaxed);
+    }
+    return i;
+}
+
+int fb_use_isa(int i)
+{
+    if (!fb_isa_usable(i))
+        return 0;
+    atomic_store_explicit(&in_use, i, memory_order_relaxed);
+    return 1;
+}
+
+const struct fb_kernels *fb_kernels_in_use(fb_dtype dtype)
+{
+    return tiers[fb_isa()].kernels[dtype];
+}
+
+void fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n)
+{
+    fb_fp_mode mode = fb_fp_enter();
+    fb_kernels_in_use(dtype)->fma(a, b, c, out, n);
+    fb_fp_leave(mode);
+}
+
+void fb_exp(fb_dtype dtype, const void *x, void *out, ptrdiff_t n)
+{
+    fb_fp_mode mode = fb_fp_enter();
+    fb_kernels_in_use(dtype)->exp(x, out, n);
+    fb_fp_leave(mode);
+}

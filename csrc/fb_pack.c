@@ -1,0 +1,128 @@
+/* fb_pack.c - memory, and the layout of packed matrices: column panels, k-major, block of 256 k by block.
+ *
+ * B[k, j] (k < K input, j < N output) of a matrix stands at
+ *     block * 256 * N' + (panel * depth + k % 256) * width + j % width,   block = k / 256, panel = j / width,
+ * width = 64 bytes of columns, N' = N rounded up to whole panels, depth = rows of that block (256, the last may have
+ * fewer). A panel of a block is one stream of cache lines, 16 KB, half of an L1 cache. Padding columns are +0.0.
+ */
+#include "fb_kernels.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size)
+{
+    if (rows < 0 || cols < 0 || (cols && rows > PTRDIFF_MAX / 2 / size / cols))
+        return NULL;
+    size_t bytes = (size_t)fb_round_up(rows * cols * size, 64);
+    void *p;
+#ifdef _WIN32
+    p = _aligned_malloc(bytes ? bytes : 64, 64);
+#else
+    if (posix_memalign(&p, 64, bytes ? bytes : 64))
+        p = NULL;
+#endif
+    return p;
+}
+
+void fb_free(void *p)
+{
+#ifdef _WIN32
+    _aligned_free(p);
+#else
+    free(p);
+#endif
+}
+
+/* One panel of one block: the transpose of `width` rows of w, of which the last may be missing. */
+#define FB_PACK_PANEL(type)                                                                                           \
+    static void pack_panel_##type(const type *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, type *panel)        \
+    {                                                                                                                 \
+        enum { WIDTH = FB_PANEL_BYTES / sizeof(type) };                                                               \
+        if (rows < WIDTH)                                                                                             \
+            memset(panel, 0, (size_t)depth * FB_PANEL_BYTES);                                                         \
+        for (ptrdiff_t k0 = 0; k0 < depth; k0 += 16) /* 16 x 16 at a time: whole lines of both sides stay in L1 */    \
+            for (ptrdiff_t j = 0; j < rows; j++)                                                                      \
+                for (ptrdiff_t k = k0; k < fb_min(k0 + 16, depth); k++)                                               \
+                    panel[k * WIDTH + j] = w[j * w_row + k];                                                          \
+    }
+FB_PACK_PANEL(uint32_t) /* as bits: a signalling NaN survives */
+FB_PACK_PANEL(uint64_t)
+
+fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k, ptrdiff_t w_row, fb_panels *out)
+{
+    const struct fb_kernels *kernels = fb_kernels_in_use(dtype);
+    const ptrdiff_t size = kernels->size, width = kernels->panel;
+    if (n > PTRDIFF_MAX - width)
+        return FB_NO_MEMORY;
+    char *panel = fb_alloc(fb_round_up(n, width), k, size);
+    if (!panel)
+        return FB_NO_MEMORY;
+    *out = (fb_panels){.data = panel, .n = n, .k = k, .finite = 1};
+    for (ptrdiff_t k0 = 0; k0 < k; k0 += FB_BLOCK) {
+        const ptrdiff_t depth = fb_min(FB_BLOCK, k - k0);
+        for (ptrdiff_t j = 0; j < n; j += width) {
+            const void *block = fb_at(w, j * w_row + k0, size);
+            if (size == 4)
+                pack_panel_uint32_t(block, w_row, fb_min(width, n - j), depth, (uint32_t *)(void *)panel);
+            else
+                pack_panel_uint64_t(block, w_row, fb_min(width, n - j), depth, (uint64_t *)(void *)panel);
+            panel += depth * FB_PANEL_BYTES;
+        }
+    }
+    fb_fp_mode mode = fb_fp_enter();
+    out->finite = kernels->all_finite(out->data, fb_round_up(n, width) * k);
+    fb_fp_leave(mode);
+    return FB_OK;
+}
+
+void fb_panels_unpack(fb_dtype dtype, const fb_panels *panels, void *w)
+{
+    const ptrdiff_t size = dtype == FB_F32 ? 4 : 8, width = FB_PANEL_BYTES / size;
+    const char *p = panels->data;
+    for (ptrdiff_t k0 = 0; k0 < panels->k; k0 += FB_BLOCK)
+        for (ptrdiff_t j0 = 0; j0 < panels->n; j0 += width)
+            for (ptrdiff_t k = k0; k < fb_min(k0 + FB_BLOCK, panels->k); k++, p += FB_PANEL_BYTES)
+                for (ptrdiff_t j = j0; j < fb_min(j0 + width, panels->n); j++)
+                    memcpy(fb_at(w, j * panels->k + k, size), p + (j - j0) * size, (size_t)size);
+}
+
+void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols,
+                         void *panels)
+{
+    char *panel = panels;
+    for (ptrdiff_t j = 0; j < cols; j += k->panel) {
+        const size_t bytes = (size_t)(fb_min(k->panel, cols - j) * k->size);
+        for (ptrdiff_t row = 0; row < depth; row++, panel += FB_PANEL_BYTES) {
+            memcpy(panel, fb_at(x, row * x_row + j, k->size), bytes);
+            memset(panel + bytes, 0, FB_PANEL_BYTES - bytes);
+        }
+    }
+}
+
+void fb_panels_free(fb_panels *panels)
+{
+    fb_free(panels->data);
+    *panels = (fb_panels){0};
+}
+
+fb_status fb_bias_pack(fb_dtype dtype, const void *bias, ptrdiff_t n, void **out)
+{
+    const ptrdiff_t size = dtype == FB_F32 ? 4 : 8;
+    if (n > PTRDIFF_MAX - FB_PANEL_BYTES || !(*out = fb_alloc(fb_round_up(n, FB_PANEL_BYTES / size), 1, size)))
+        return FB_NO_MEMORY;
+    memset(*out, 0, (size_t)(fb_round_up(n, FB_PANEL_BYTES / size) * size));
+    memcpy(*out, bias, (size_t)(n * size));
+    return FB_OK;
+}
+
+void fb_params_free(fb_params *params)
+{
+    fb_panels *panels[] = {&params->w1, &params->w2, &params->w_q, &params->w_k};
+    void **biases[] = {&params->b1, &params->b2, &params->b_q, &params->b_k};
+    for (int i = 0; i < 4; i++) {
+        fb_panels_free(panels[i]);
+        fb_free(*biases[i]);
+        *biases[i] = NULL;
+    }
+}

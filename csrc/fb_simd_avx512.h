@@ -1,0 +1,97 @@
+/* fb_simd_avx512.h - the vector operations on AVX-512F: 16 float or 8 double lanes.
+ *
+ * Every fb_simd_*.h defines the same operations in the same order; the diff of two is the comparison of the
+ * instruction sets. Each operation rounds once (contract section 1); fma is one rounding everywhere, max and min
+ * return the second operand when one is NaN (or NaN: callers only rely on a NaN in the second operand surviving).
+ */
+#include <immintrin.h>
+
+/* Registers: 32. A tile of 14 rows x 2 panels (2 vectors) holds 28 accumulators, 2 weights and 1 broadcast in 31. */
+#define FB_TILE_ROWS 14
+#define FB_TILE_PANELS(rows) ((rows) == 1 ? 12 : (rows) == 2 ? 6 : (rows) == 3 ? 4 : (rows) == 4 ? 3 : 2)
+#define FB_TILE_VECS 28
+#define FB_TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14)
+
+/* ---- float32 */
+#define FB_F32_LANES 16
+typedef __m512 fb_f32_vec;
+
+FB_INLINE fb_f32_vec fb_f32_zero(void) { return _mm512_setzero_ps(); }
+FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { return _mm512_set1_ps(*p); }
+FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return _mm512_loadu_ps(p); }
+FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { _mm512_storeu_ps(p, v); }
+FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return _mm512_add_ps(a, b); }
+FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { return _mm512_sub_ps(a, b); }
+FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { return _mm512_mul_ps(a, b); }
+FB_INLINE fb_f32_vec fb_f32_fma(fb_f32_vec a, fb_f32_vec b, fb_f32_vec c) { return _mm512_fmadd_ps(a, b, c); }
+FB_INLINE fb_f32_vec fb_f32_max(fb_f32_vec a, fb_f32_vec b) { return _mm512_max_ps(a, b); }
+FB_INLINE fb_f32_vec fb_f32_min(fb_f32_vec a, fb_f32_vec b) { return _mm512_min_ps(a, b); }
+FB_INLINE fb_f32_vec fb_f32_canonical(fb_f32_vec v)
+{
+    v = _mm512_add_ps(v, _mm512_setzero_ps());
+    return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+}
+FB_INLINE fb_f32_vec fb_f32_relu(fb_f32_vec v)
+{
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+}
+FB_INLINE int fb_f32_compress(fb_f32_vec v, int32_t first, float *value, int32_t *index)
+{
+    __mmask16 nonzero = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    _mm512_storeu_ps(value, _mm512_maskz_compress_ps(nonzero, v));
+    _mm512_storeu_si512(index, _mm512_add_epi32(_mm512_maskz_compress_epi32(nonzero, lane), _mm512_set1_epi32(first)));
+    return __builtin_popcount(nonzero);
+}
+
+/* ---- float64 */
+#define FB_F64_LANES 8
+typedef __m512d fb_f64_vec;
+
+FB_INLINE fb_f64_vec fb_f64_zero(void) { return _mm512_setzero_pd(); }
+FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { return _mm512_set1_pd(*p); }
+FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return _mm512_loadu_pd(p); }
+FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { _mm512_storeu_pd(p, v); }
+FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return _mm512_add_pd(a, b); }
+FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { return _mm512_sub_pd(a, b); }
+FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { return _mm512_mul_pd(a, b); }
+FB_INLINE fb_f64_vec fb_f64_fma(fb_f64_vec a, fb_f64_vec b, fb_f64_vec c) { return _mm512_fmadd_pd(a, b, c); }
+FB_INLINE fb_f64_vec fb_f64_max(fb_f64_vec a, fb_f64_vec b) { return _mm512_max_pd(a, b); }
+FB_INLINE fb_f64_vec fb_f64_min(fb_f64_vec a, fb_f64_vec b) { return _mm512_min_pd(a, b); }
+FB_INLINE fb_f64_vec fb_f64_canonical(fb_f64_vec v)
+{
+    v = _mm512_add_pd(v, _mm512_setzero_pd());
+    return _mm512_mask_mov_pd(v, _mm512_cmp_pd_mask(v, v, _CMP_UNORD_Q),
+                              _mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000)));
+}
+FB_INLINE fb_f64_vec fb_f64_relu(fb_f64_vec v)
+{
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ), v);
+}
+FB_INLINE int fb_f64_compress(fb_f64_vec v, int32_t first, double *value, int32_t *index)
+{
+    __mmask8 nonzero = _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ);
+    __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i packed = _mm512_maskz_compress_epi64(nonzero, lane);
+    _mm512_storeu_pd(value, _mm512_maskz_compress_pd(nonzero, v));
+    _mm256_storeu_si256((__m256i *)index,
+                        _mm512_cvtepi64_epi32(_mm512_add_epi64(packed, _mm512_set1_epi64(first))));
+    return __builtin_popcount(nonzero);
+}
+
+/* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */
+FB_INLINE fb_f64_vec fb_f64_pow2(fb_f64_vec t)
+{
+    __m512i biased = _mm512_add_epi64(_mm512_castpd_si512(t), _mm512_set1_epi64(1023));
+    return _mm512_castsi512_pd(_mm512_slli_epi64(biased, 52));
+}
+FB_INLINE fb_f64_vec fb_f32_widen_low(fb_f32_vec v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
+FB_INLINE fb_f64_vec fb_f32_widen_high(fb_f32_vec v)
+{
+    return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+}
+FB_INLINE fb_f32_vec fb_f32_narrow(fb_f64_vec low, fb_f64_vec high)
+{
+    __m512d joined = _mm512_castps_pd(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)));
+    return _mm512_castpd_ps(_mm512_insertf64x4(joined, _mm256_castps_pd(_mm512_cvtpd_ps(high)), 1));
+}

@@ -1,0 +1,98 @@
+/* fb_simd_neon.h - the vector operations on AArch64 Advanced SIMD: 4 float or 2 double lanes.
+ *
+ * Every fb_simd_*.h defines the same operations in the same order; the diff of two is the comparison of the
+ * instruction sets. Each operation rounds once (contract section 1); fma is one rounding everywhere, max and min
+ * return the second operand when one is NaN (or NaN: callers only rely on a NaN in the second operand surviving).
+ */
+#include <arm_neon.h>
+
+/* Registers: 32. A tile of 6 rows x 1 panel (4 vectors) holds 24 accumulators, 4 weights and 1 broadcast in 29. */
+#define FB_TILE_ROWS 6
+#define FB_TILE_PANELS(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
+#define FB_TILE_VECS 24
+#define FB_TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
+
+/* ---- float32 */
+#define FB_F32_LANES 4
+typedef float32x4_t fb_f32_vec;
+
+FB_INLINE fb_f32_vec fb_f32_zero(void) { return vdupq_n_f32(0); }
+FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { return vld1q_dup_f32(p); }
+FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return vld1q_f32(p); }
+FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { vst1q_f32(p, v); }
+FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return vaddq_f32(a, b); }
+FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { return vsubq_f32(a, b); }
+FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { return vmulq_f32(a, b); }
+FB_INLINE fb_f32_vec fb_f32_fma(fb_f32_vec a, fb_f32_vec b, fb_f32_vec c) { return vfmaq_f32(c, a, b); }
+FB_INLINE fb_f32_vec fb_f32_max(fb_f32_vec a, fb_f32_vec b) { return vmaxq_f32(a, b); }
+FB_INLINE fb_f32_vec fb_f32_min(fb_f32_vec a, fb_f32_vec b) { return vminq_f32(a, b); }
+FB_INLINE fb_f32_vec fb_f32_canonical(fb_f32_vec v)
+{
+    v = vaddq_f32(v, vdupq_n_f32(0));
+    return vbslq_f32(vceqq_f32(v, v), v, vreinterpretq_f32_u32(vdupq_n_u32(0x7fc00000)));
+}
+FB_INLINE fb_f32_vec fb_f32_relu(fb_f32_vec v)
+{
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vclezq_f32(v)));
+}
+FB_INLINE int fb_f32_compress(fb_f32_vec v, int32_t first, float *value, int32_t *index)
+{
+    float lane[4];
+    int n = 0;
+    vst1q_f32(lane, v);
+    for (int i = 0; i < 4; i++) { /* branchless: write, then advance past a nonzero */
+        value[n] = lane[i];
+        index[n] = first + i;
+        n += lane[i] != 0;
+    }
+    return n;
+}
+
+/* ---- float64 */
+#define FB_F64_LANES 2
+typedef float64x2_t fb_f64_vec;
+
+FB_INLINE fb_f64_vec fb_f64_zero(void) { return vdupq_n_f64(0); }
+FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { return vld1q_dup_f64(p); }
+FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return vld1q_f64(p); }
+FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { vst1q_f64(p, v); }
+FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return vaddq_f64(a, b); }
+FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { return vsubq_f64(a, b); }
+FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { return vmulq_f64(a, b); }
+FB_INLINE fb_f64_vec fb_f64_fma(fb_f64_vec a, fb_f64_vec b, fb_f64_vec c) { return vfmaq_f64(c, a, b); }
+FB_INLINE fb_f64_vec fb_f64_max(fb_f64_vec a, fb_f64_vec b) { return vmaxq_f64(a, b); }
+FB_INLINE fb_f64_vec fb_f64_min(fb_f64_vec a, fb_f64_vec b) { return vminq_f64(a, b); }
+FB_INLINE fb_f64_vec fb_f64_canonical(fb_f64_vec v)
+{
+    v = vaddq_f64(v, vdupq_n_f64(0));
+    return vbslq_f64(vceqq_f64(v, v), v, vreinterpretq_f64_u64(vdupq_n_u64(0x7ff8000000000000)));
+}
+FB_INLINE fb_f64_vec fb_f64_relu(fb_f64_vec v)
+{
+    return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(v), vclezq_f64(v)));
+}
+FB_INLINE int fb_f64_compress(fb_f64_vec v, int32_t first, double *value, int32_t *index)
+{
+    double lane[2];
+    int n = 0;
+    vst1q_f64(lane, v);
+    for (int i = 0; i < 2; i++) {
+        value[n] = lane[i];
+        index[n] = first + i;
+        n += lane[i] != 0;
+    }
+    return n;
+}
+
+/* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */
+FB_INLINE fb_f64_vec fb_f64_pow2(fb_f64_vec t)
+{
+    int64x2_t biased = vaddq_s64(vreinterpretq_s64_f64(t), vdupq_n_s64(1023));
+    return vreinterpretq_f64_s64(vshlq_n_s64(biased, 52));
+}
+FB_INLINE fb_f64_vec fb_f32_widen_low(fb_f32_vec v) { return vcvt_f64_f32(vget_low_f32(v)); }
+FB_INLINE fb_f64_vec fb_f32_widen_high(fb_f32_vec v) { return vcvt_high_f64_f32(v); }
+FB_INLINE fb_f32_vec fb_f32_narrow(fb_f64_vec low, fb_f64_vec high)
+{
+    return vcvt_high_f32_f64(vcvt_f32_f64(low), high);
+}
