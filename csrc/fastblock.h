@@ -12,6 +12,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#ifdef _WIN32
+#define FB_EXPORT __declspec(dllexport)
+#else
+#define FB_EXPORT __attribute__((visibility("default")))
+#endif
+
 typedef enum { FB_F32 = 0, FB_F64 = 1 } fb_dtype;
 typedef enum { FB_OK = 0, FB_NO_MEMORY = 1 } fb_status;
 
@@ -72,6 +78,11 @@ int fb_isa_usable(int i);
 /* The tier in use; and use tier i, which must be usable (returns whether it is). */
 int fb_isa(void);
 int fb_use_isa(int i);
+
+/* ---- threads: large calls are cut into as many parts; from several threads at once, one call gets the pool */
+FB_EXPORT int fb_get_num_threads(void); /* exported for threadpoolctl, which knows a library by its symbols */
+FB_EXPORT void fb_set_num_threads(int n); /* n >= 1; 0: the default, min(CPUs of this process, its CPU quota) or what the
+                                   environment says: FASTBLOCK_NUM_THREADS, else OMP_NUM_THREADS */
 
 /* ---- the primitives of the tier in use, elementwise over n elements */
 void fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n);

@@ -1,94 +1,149 @@
-/* fb_attention.c - attention_weights: projections, scores, softmax, in numbered passes over tiles of queries.
+/* fb_attention.c - attention_weights: projections, packed keys, then scores and softmax over tiles of queries.
  *
  * A masked key takes no part in anything, so it is left out of the packed keys altogether: scores exist for allowed
- * keys only, in key order, and `ends` remembers where the blocks of the original key numbers end.
+ * keys only, in key order, and `ends` remembers where the blocks of the original key numbers end. With causal, a tile
+ * of queries meets the keys up to its last query only.
  */
 #include "fb_kernels.h"
 
 #include <math.h>
 #include <string.h>
 
-enum { QUERIES = 48 }; /* rows of scores at a time */
+enum { QUERIES = 48, SCORES = 1 << 19 }; /* rows of a tile at most; and bytes of its scores, which stay in L2 */
 
-/* The allowed keys of one batch item, in order; returns their number. ends[b]: how many have a number < 256 (b + 1). */
-static ptrdiff_t allowed_keys(const uint8_t *mask, ptrdiff_t positions, ptrdiff_t *key, ptrdiff_t *ends)
+typedef struct attention_task {
+    const struct fb_kernels *k;
+    const fb_params *params;
+    ptrdiff_t batch, positions, tile, scores_row;
+    const uint8_t *key_mask;
+    int causal;
+    double scale;
+    char *q, *keys, *out;   /* (batch, P, E), (batch, P, E), (batch, P, P) */
+    fb_panels *packed;      /* of each batch item: its allowed keys */
+    ptrdiff_t *key, *ends;  /* of each batch item: the numbers of its allowed keys, and where the blocks end */
+    char *workspace;
+    ptrdiff_t workspace_part;
+    fb_status *status; /* of each part */
+} attention_task;
+
+static ptrdiff_t blocks_of(ptrdiff_t positions)
 {
-    ptrdiff_t n = 0;
-    for (ptrdiff_t j = 0; j < positions; j++) {
-        if (!mask || mask[j])
+    return positions / FB_BLOCK + 1;
+}
+
+/* Pass 2, one batch item: drop the masked keys and pack the others. ends[i]: how many have a number < 256 (i + 1). */
+static fb_status pack_keys(const attention_task *t, ptrdiff_t b)
+{
+    const ptrdiff_t width = t->params->w_k.n, size = t->k->size;
+    const uint8_t *mask = t->key_mask ? t->key_mask + b * t->positions : NULL;
+    ptrdiff_t *key = t->key + b * t->positions, *ends = t->ends + b * blocks_of(t->positions), n = 0;
+    char *keys = fb_at(t->keys, b * t->positions * width, size);
+    for (ptrdiff_t j = 0; j < t->positions; j++) {
+        if (!mask || mask[j]) {
+            if (n != j)
+                memcpy(fb_at(keys, n * width, size), fb_at(keys, j * width, size), (size_t)(width * size));
             key[n++] = j;
+        }
         if (j % FB_BLOCK == FB_BLOCK - 1)
             *ends++ = n;
     }
     *ends = PTRDIFF_MAX; /* the open last block */
-    return n;
+    return fb_panels_pack(t->params->dtype, keys, n, width, width, &t->packed[b]);
+}
+
+static void pack_part(void *context, int part, int parts)
+{
+    const attention_task *t = context;
+    for (ptrdiff_t b = part; b < t->batch; b += parts)
+        if (pack_keys(t, b))
+            t->status[part] = FB_NO_MEMORY;
+}
+
+/* Passes 3 and 4, one tile of queries: scores of the keys they may see, finished but not yet scaled; then softmax. */
+static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *scores)
+{
+    const struct fb_kernels *k = t->k;
+    const ptrdiff_t size = k->size, width = t->params->w_q.n, rows = fb_min(t->tile, t->positions - i);
+    const ptrdiff_t *key = t->key + b * t->positions, *ends = t->ends + b * blocks_of(t->positions);
+    const ptrdiff_t allowed = t->packed[b].n;
+    char *out = fb_at(t->out, (b * t->positions + i) * t->positions, size);
+    ptrdiff_t count[QUERIES], seen = allowed;
+    if (t->causal)
+        for (seen = fb_min(allowed, i); seen > 0 && key[seen - 1] >= i;)
+            seen--;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        while (seen < allowed && key[seen] <= i + r)
+            seen++;
+        count[r] = seen;
+    }
+    fb_matmul(k, fb_at(t->q, (b * t->positions + i) * width, size), width, rows, &t->packed[b], 0, seen, NULL, 0, scores,
+              t->scores_row);
+    if (allowed == t->positions) {
+        k->softmax(scores, t->scores_row, out, t->positions, rows, t->positions, count, ends, t->scale);
+        return;
+    }
+    k->softmax(scores, t->scores_row, scores, t->scores_row, rows, allowed, count, ends, t->scale);
+    memset(out, 0, (size_t)(rows * t->positions * size));
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t j = 0; j < count[r]; j++)
+            memcpy(fb_at(out, r * t->positions + key[j], size), fb_at(scores, r * t->scores_row + j, size), (size_t)size);
+}
+
+/* Tiles are dealt out in turn: with causal the later ones are longer. */
+static void weigh_part(void *context, int part, int parts)
+{
+    const attention_task *t = context;
+    const ptrdiff_t tiles = (t->positions + t->tile - 1) / t->tile;
+    for (ptrdiff_t n = part; n < t->batch * tiles; n += parts)
+        weigh(t, n / tiles, n % tiles * t->tile, t->workspace + part * t->workspace_part);
 }
 
 fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
                                const uint8_t *key_mask, void *out)
 {
     const struct fb_kernels *k = fb_kernels_in_use(params->dtype);
-    const ptrdiff_t size = k->size, features = params->w_q.k, width = params->w_q.n;
-    const ptrdiff_t scores_row = fb_round_up(positions, k->panel);
+    const ptrdiff_t width = params->w_q.n, features = params->w_q.k, rows = batch * positions;
+    if (rows == 0)
+        return FB_OK;
     const double root = 1.0 / sqrt((double)width);
-    const double scale = params->dtype == FB_F32 ? (float)root : root;
-    fb_status status = FB_NO_MEMORY;
-    fb_panels packed = {0};
-    void *q = fb_alloc(positions, width, size), *keys = fb_alloc(positions, width, size);
-    void *scores = fb_alloc(QUERIES, scores_row, size);
-    ptrdiff_t *key = fb_alloc(positions, 1, sizeof *key), *ends = fb_alloc(positions / FB_BLOCK + 1, 1, sizeof *ends);
-    fb_fp_mode mode = fb_fp_enter();
-    if (!q || !keys || !scores || !key || !ends)
-        goto done;
-    for (ptrdiff_t b = 0; b < batch; b++) {
-        const void *x_b = fb_at(x, b * positions * features, size);
-        char *out_b = fb_at(out, b * positions * positions, size);
-        const ptrdiff_t allowed = allowed_keys(key_mask ? key_mask + b * positions : NULL, positions, key, ends);
-
-        /* 1. queries and keys; masked keys are dropped */
-        fb_matmul(k, x_b, features, positions, &params->w_q, 0, width, params->b_q, 0, q, width);
-        fb_matmul(k, x_b, features, positions, &params->w_k, 0, width, params->b_k, 0, keys, width);
-        for (ptrdiff_t j = 0; j < allowed; j++)
-            if (key[j] != j)
-                memcpy(fb_at(keys, j * width, size), fb_at(keys, key[j] * width, size), (size_t)(width * size));
-        fb_panels_free(&packed);
-        if (fb_panels_pack(params->dtype, keys, allowed, width, width, &packed))
-            goto done;
-
-        ptrdiff_t seen = 0; /* allowed keys up to the current position */
-        for (ptrdiff_t i = 0; i < positions; i += QUERIES) {
-            const ptrdiff_t rows = fb_min(QUERIES, positions - i);
-            ptrdiff_t count[QUERIES];
-            for (ptrdiff_t r = 0; r < rows; r++) {
-                while (seen < allowed && key[seen] <= i + r)
-                    seen++;
-                count[r] = causal ? seen : allowed;
-            }
-            /* 2. scores of these queries with the keys they may see, finished but not yet scaled */
-            fb_matmul(k, fb_at(q, i * width, size), width, rows, &packed, 0, count[rows - 1], NULL, 0, scores, scores_row);
-            /* 3. softmax; where keys were dropped, spread the weights over the original keys */
-            if (allowed == positions) {
-                k->softmax(scores, scores_row, out_b + i * positions * size, positions, rows, positions, count, ends,
-                           scale);
-            } else {
-                k->softmax(scores, scores_row, scores, scores_row, rows, allowed, count, ends, scale);
-                for (ptrdiff_t r = 0; r < rows; r++) {
-                    char *out_row = out_b + (i + r) * positions * size;
-                    memset(out_row, 0, (size_t)(positions * size));
-                    for (ptrdiff_t j = 0; j < count[r]; j++)
-                        memcpy(out_row + key[j] * size, fb_at(scores, r * scores_row + j, size), (size_t)size);
-                }
-            }
-        }
+    const int parts = fb_parts((double)rows * ((double)positions * (double)(width + 32) + 2.0 * (double)width * (double)features),
+                               rows);
+    attention_task t = {.k = k, .params = params, .batch = batch, .positions = positions, .key_mask = key_mask,
+                        .causal = causal, .scale = params->dtype == FB_F32 ? (float)root : root, .out = out};
+    fb_status status = FB_NO_MEMORY, part_status[256] = {FB_OK};
+    t.status = part_status;
+    t.scores_row = fb_round_up(positions, k->panel) + k->panel; /* not a power of two: rows in different cache sets */
+    t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * k->size)), (rows + parts - 1) / parts));
+    t.workspace_part = fb_round_up(t.tile * t.scores_row * k->size, 64);
+    t.q = fb_alloc(rows, width, k->size);
+    t.keys = fb_alloc(rows, width, k->size);
+    t.packed = fb_alloc(batch, 1, sizeof *t.packed);
+    t.key = fb_alloc(rows, 1, sizeof *t.key);
+    t.ends = fb_alloc(batch, blocks_of(positions), sizeof *t.ends);
+    t.workspace = fb_alloc(parts, t.workspace_part, 1);
+    if (t.q && t.keys && t.packed && t.key && t.ends && t.workspace) {
+        fb_fp_mode mode = fb_fp_enter();
+        memset(t.packed, 0, (size_t)batch * sizeof *t.packed);
+        /* 1. queries and keys */
+        fb_project_rows(k, x, rows, &params->w_q, params->b_q, 0, t.q);
+        fb_project_rows(k, x, rows, &params->w_k, params->b_k, 0, t.keys);
+        /* 2. the allowed keys, packed */
+        fb_parallel(pack_part, &t, (int)fb_min(parts, batch));
+        status = FB_OK;
+        for (int part = 0; part < parts; part++)
+            status = part_status[part] ? part_status[part] : status;
+        /* 3., 4. scores and softmax */
+        if (status == FB_OK)
+            fb_parallel(weigh_part, &t, parts);
+        fb_fp_leave(mode);
+        for (ptrdiff_t b = 0; b < batch; b++)
+            fb_panels_free(&t.packed[b]);
     }
-    status = FB_OK;
-done:
-    fb_fp_leave(mode);
-    fb_panels_free(&packed);
-    fb_free(ends);
-    fb_free(key);
-    fb_free(scores);
-    fb_free(keys);
-    fb_free(q);
+    fb_free(t.workspace);
+    fb_free(t.ends);
+    fb_free(t.key);
+    fb_free(t.packed);
+    fb_free(t.keys);
+    fb_free(t.q);
     return status;
 }

@@ -30,6 +30,7 @@
 #define FB_ALIGNED(n) __declspec(align(n))
 #define FB_LIKELY(x) (x)
 #define FB_UNROLL
+#define FB_UNROLL_K
 #define FB_PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 #define FB_PREFETCH_L2(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 #else
@@ -40,9 +41,36 @@
 #define FB_LIKELY(x) __builtin_expect(!!(x), 1)
 /* Constant-bound loops over accumulators: without the pragma gcc 12 keeps the accumulators on the stack. */
 #define FB_UNROLL _Pragma("GCC unroll 16")
+#define FB_UNROLL_K _Pragma("GCC unroll 4")
 #define FB_PREFETCH(p) __builtin_prefetch((p), 0, 3)
 #define FB_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
 #endif
+
+/* Threads are POSIX threads. */
+#ifdef _WIN32
+#define FB_THREADS 0
+#else
+#define FB_THREADS 1
+#endif
+
+/* In a spinning loop: leave the core's resources to its sibling. */
+FB_INLINE void fb_pause(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+FB_INLINE int fb_popcount(unsigned x)
+{
+#if defined(_MSC_VER) && !defined(__clang__)
+    return (int)__popcnt(x);
+#else
+    return __builtin_popcount(x);
+#endif
+}
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define FB_X86 1

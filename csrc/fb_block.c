@@ -1,43 +1,111 @@
 /* fb_block.c - the block, line for line reference.block: attention weights, mixing, feed-forward.
  *
- * The mixed positions exist one tile at a time, like the hidden activations.
+ * The mixed positions exist one tile at a time, like the hidden activations; attention weights of the block's own
+ * exist for as many batch items as fit into OWN_WEIGHTS bytes, one at least.
  */
 #include "fb_kernels.h"
 
-enum { ROWS = 192 };
+enum { TILE_ROWS = 96, OWN_WEIGHTS = 16 << 20 };
+
+typedef struct block_task {
+    const struct fb_kernels *k;
+    const fb_params *params;
+    const void *x, *weights;
+    ptrdiff_t batch, x_batch, weights_batch, positions, z_row;
+    char *out, *workspace;
+    ptrdiff_t workspace_part;
+} block_task;
+
+/* z (n x D, z_row apart) = mixed positions row .. row + n of one batch item */
+static void mix(const block_task *t, ptrdiff_t row, ptrdiff_t n, void *z, void *workspace)
+{
+    const ptrdiff_t b = row / t->positions, i = row % t->positions, size = t->k->size;
+    fb_mix_rows(t->k, fb_at(t->weights, b * t->weights_batch + i * t->positions, size), t->positions, n,
+                fb_at(t->x, b * t->x_batch, size), t->positions, t->params->w1.k, z, t->z_row, workspace);
+}
+
+/* All rows of the batch in one line, cut evenly, in tiles that do not cross from one batch item to the next. */
+static void rows_part(void *context, int part, int parts)
+{
+    const block_task *t = context;
+    const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = t->params->w1.k;
+    char *z = t->workspace + part * t->workspace_part;
+    void *workspace = fb_at(z, fb_min(TILE_ROWS, t->positions) * t->z_row, t->k->size);
+    ptrdiff_t row = total * part / parts, n;
+    for (; row < end; row += n) {
+        n = fb_min(fb_min(TILE_ROWS, t->positions - row % t->positions), end - row);
+        mix(t, row, n, z, workspace);
+        fb_feed_forward_rows(t->k, t->params, z, t->z_row, n, fb_at(t->out, row * features, t->k->size), workspace);
+    }
+}
+
+/* The block with the weights in t. */
+static fb_status mix_and_feed_forward(block_task *t)
+{
+    const struct fb_kernels *k = t->k;
+    const fb_params *params = t->params;
+    const ptrdiff_t features = params->w1.k, rows = t->batch * t->positions;
+    const int parts = fb_parts((double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n),
+                               fb_max(rows, params->w1.n / k->panel));
+    const ptrdiff_t tile = fb_min(TILE_ROWS, t->positions);
+    const ptrdiff_t mix_workspace = fb_mix_workspace(k, tile, t->positions, features);
+    fb_status status = FB_OK;
+    FB_SCRATCH(stack);
+    t->z_row = fb_round_up(features, k->panel);
+    if (parts > 1 && rows < FB_FEW_ROWS * parts) { /* few rows: all mixed positions, then a feed-forward by columns */
+        char *z = fb_alloc(rows, t->z_row, k->size);
+        void *workspace = fb_workspace(stack, 1, mix_workspace);
+        if (z && workspace) {
+            for (ptrdiff_t row = 0; row < rows; row += tile)
+                mix(t, row, fb_min(tile, t->positions - row % t->positions), fb_at(z, row * t->z_row, k->size), workspace);
+            status = fb_feed_forward_all(k, params, z, t->z_row, rows, t->out);
+        } else {
+            status = FB_NO_MEMORY;
+        }
+        fb_free(z);
+        fb_workspace_free(stack, workspace);
+        return status;
+    }
+    t->workspace_part = fb_round_up(tile * t->z_row * k->size
+                                        + fb_max(mix_workspace, fb_feed_forward_workspace(k, params, tile)), 64);
+    if (!(t->workspace = fb_workspace(stack, parts, t->workspace_part)))
+        return FB_NO_MEMORY;
+    fb_parallel(rows_part, t, parts);
+    fb_workspace_free(stack, t->workspace);
+    return FB_OK;
+}
 
 fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t x_batch, ptrdiff_t positions,
                    const void *weights, ptrdiff_t weights_batch, int causal, const uint8_t *key_mask, void *out)
 {
     const struct fb_kernels *k = fb_kernels_in_use(params->dtype);
-    const ptrdiff_t size = k->size, features = params->w1.k;
-    fb_status status = FB_NO_MEMORY;
-    void *own = weights ? NULL : fb_alloc(positions, positions, size);
-    void *z = fb_alloc(fb_min(ROWS, positions), features, size);
-    void *mix_workspace = fb_alloc(fb_mix_workspace(k, features), 1, size);
-    void *ff_workspace = fb_alloc(fb_feed_forward_workspace(k), 1, size);
+    block_task t = {.k = k, .params = params, .x = x, .weights = weights, .batch = batch, .x_batch = x_batch,
+                    .weights_batch = weights_batch, .positions = positions, .out = out};
+    fb_status status = FB_OK;
+    if (batch == 0 || positions == 0)
+        return FB_OK;
     fb_fp_mode mode = fb_fp_enter();
-    if ((!weights && !own) || !z || !mix_workspace || !ff_workspace)
-        goto done;
-    for (ptrdiff_t b = 0; b < batch; b++) {
-        const void *x_b = fb_at(x, b * x_batch, size), *a = fb_at(weights, b * weights_batch, size);
-        if (!weights) {
-            a = own;
-            if (fb_attention_weights(params, 1, x_b, positions, causal, key_mask ? key_mask + b * positions : NULL, own))
-                goto done;
-        }
-        for (ptrdiff_t i = 0; i < positions; i += ROWS) {
-            const ptrdiff_t rows = fb_min(ROWS, positions - i);
-            fb_mix_rows(k, fb_at(a, i * positions, size), positions, rows, x_b, positions, features, z, mix_workspace);
-            fb_feed_forward_rows(k, params, z, rows, fb_at(out, (b * positions + i) * features, size), ff_workspace);
-        }
+    if (weights) {
+        status = mix_and_feed_forward(&t);
+        fb_fp_leave(mode);
+        return status;
     }
-    status = FB_OK;
-done:
+    const ptrdiff_t item = positions * positions * k->size;
+    const ptrdiff_t step = fb_min(batch, fb_max(1, OWN_WEIGHTS / item));
+    void *own = fb_alloc(step * positions, positions, k->size);
+    status = own ? FB_OK : FB_NO_MEMORY;
+    t.weights = own;
+    t.weights_batch = positions * positions;
+    for (ptrdiff_t b = 0; b < batch && status == FB_OK; b += step) {
+        t.batch = fb_min(step, batch - b);
+        t.x = fb_at(x, b * x_batch, k->size);
+        t.out = fb_at(out, b * positions * params->w1.k, k->size);
+        status = fb_attention_weights(params, t.batch, t.x, positions, causal, key_mask ? key_mask + b * positions : NULL,
+                                      own);
+        if (status == FB_OK)
+            status = mix_and_feed_forward(&t);
+    }
     fb_fp_leave(mode);
-    fb_free(ff_workspace);
-    fb_free(mix_workspace);
-    fb_free(z);
     fb_free(own);
     return status;
 }

@@ -1,61 +1,145 @@
 /* fb_feed_forward.c - down_project(up_project(x)), fused: the hidden activations exist one tile at a time.
  *
- * A tile is ROWS positions x 256 hidden units; 256 is the block of the chain, so each tile gives exactly one block sum
- * of the down-projection, which is added to the totals in out. The tile (192 KB in float32) lives in L2.
+ * A tile is at most TILE_ROWS positions x 256 hidden units; 256 is the block of the chain, so each tile gives exactly
+ * one block sum of the down-projection, which is added to the totals in out. The down-projection skips the units that
+ * ReLU made zero. Many rows are cut among the threads; few rows are cut by columns, with all hidden activations of
+ * these few rows (at most FEW_HIDDEN bytes a thread) between the two layers.
  */
 #include "fb_kernels.h"
 
-enum { ROWS = 192 };
+enum {
+    TILE_ROWS = 96,       /* hidden tile 104 KB + lists 52 KB + sums 48 KB in float32: in a 512 KB L2 with x and weights */
+    FEW_HIDDEN = 1 << 20,
+};
 
-ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k)
+typedef struct feed_forward {
+    const struct fb_kernels *k;
+    const fb_params *params;
+    const void *x;
+    ptrdiff_t x_row, rows;
+    void *out;
+    void *hidden; /* by columns: all of it, hidden block by hidden block, each rows x FB_LIST_ROW */
+    char *workspace;
+    ptrdiff_t workspace_part;
+} feed_forward;
+
+/* h (rows x n, FB_LIST_ROW apart) = up_project of hidden units f .. f + n */
+static void up(const feed_forward *t, const void *x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
 {
-    (void)k;
-    return ROWS * FB_BLOCK;
+    const void *b1 = t->params->b1;
+    fb_matmul(t->k, x, t->x_row, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, 1, h, FB_LIST_ROW);
 }
 
-void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t rows, void *out,
-                          void *workspace)
+/* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with b2 */
+static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t first, ptrdiff_t cols, void *out,
+                 int in_place, void *workspace)
 {
-    const fb_panels *w1 = &params->w1, *w2 = &params->w2;
-    const ptrdiff_t features = w1->k, hidden = w1->n, padded = fb_round_up(features, k->panel);
-    for (ptrdiff_t i = 0; i < rows; i += ROWS) {
-        const ptrdiff_t tile_rows = fb_min(ROWS, rows - i);
+    const struct fb_kernels *k = t->k;
+    const fb_panels *w2 = &t->params->w2;
+    const ptrdiff_t depth = fb_min(FB_BLOCK, w2->k - f), padded = fb_round_up(w2->n, k->panel);
+    fb_product_skipping(k, &(fb_product){
+        .a = h,
+        .a_row = FB_LIST_ROW,
+        .b = fb_at(w2->data, f * padded + first * depth, k->size),
+        .b_k = k->panel,
+        .b_panel = depth * k->panel,
+        .bias = t->params->b2 ? fb_at(t->params->b2, first, k->size) : NULL,
+        .c = fb_at(out, first, k->size),
+        .c_row = w2->n,
+        .rows = rows,
+        .cols = cols,
+        .depth = depth,
+        .first = f == 0,
+        .last = f + depth == w2->k,
+    }, w2->finite, in_place, workspace);
+}
+
+ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows)
+{
+    (void)params;
+    rows = fb_min(TILE_ROWS, rows);
+    return rows * FB_LIST_ROW * k->size + fb_skip_workspace(k, rows, 1);
+}
+
+void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
+                          ptrdiff_t rows, void *out, void *workspace)
+{
+    const feed_forward t = {.k = k, .params = params, .x_row = x_row};
+    const ptrdiff_t hidden = params->w1.n, features = params->w2.n;
+    for (ptrdiff_t i = 0, tile; i < rows; i += tile) {
+        tile = fb_min(TILE_ROWS, rows - i);
         ptrdiff_t f = 0;
         do { /* one tile at least: without hidden units out is the bias */
-            const ptrdiff_t depth = fb_min(FB_BLOCK, hidden - f);
-            /* 1. up: h = relu(finish(x w1', b1)) for hidden units f .. f + depth */
-            fb_matmul(k, fb_at(x, i * features, k->size), features, tile_rows, w1, f, depth,
-                      params->b1 ? fb_at(params->b1, f, k->size) : NULL, 1, workspace, FB_BLOCK);
-            /* 2. down: out += the block sum of h w2'; after the last, finish with b2 */
-            k->product(&(fb_product){
-                .a = workspace,
-                .a_row = FB_BLOCK,
-                .b = fb_at(w2->data, f * padded, k->size),
-                .b_k = k->panel,
-                .b_panel = depth * k->panel,
-                .bias = params->b2,
-                .c = fb_at(out, i * features, k->size),
-                .c_row = features,
-                .rows = tile_rows,
-                .cols = features,
-                .depth = depth,
-                .first = f == 0,
-                .last = f + depth == hidden,
-            });
+            up(&t, fb_at(x, i * x_row, k->size), tile, f, fb_min(FB_BLOCK, hidden - f), workspace);
+            down(&t, workspace, tile, f, 0, features, fb_at(out, i * features, k->size), 1,
+                 fb_at(workspace, tile * FB_LIST_ROW, k->size));
             f += FB_BLOCK;
         } while (f < hidden);
     }
 }
 
+static void rows_part(void *context, int part, int parts)
+{
+    const feed_forward *t = context;
+    const ptrdiff_t i = t->rows * part / parts, rows = t->rows * (part + 1) / parts - i;
+    fb_feed_forward_rows(t->k, t->params, fb_at(t->x, i * t->x_row, t->k->size), t->x_row, rows,
+                         fb_at(t->out, i * t->params->w2.n, t->k->size), t->workspace + part * t->workspace_part);
+}
+
+static void up_part(void *context, int part, int parts)
+{
+    const feed_forward *t = context;
+    ptrdiff_t f, n, step;
+    fb_columns_of(t->k, t->params->w1.n, part, parts, &f, &n);
+    for (const ptrdiff_t end = f + n; f < end; f += step) {
+        step = fb_min(FB_BLOCK - f % FB_BLOCK, end - f);
+        up(t, t->x, t->rows, f, step, fb_at(t->hidden, f / FB_BLOCK * t->rows * FB_LIST_ROW + f % FB_BLOCK, t->k->size));
+    }
+}
+
+static void down_part(void *context, int part, int parts)
+{
+    const feed_forward *t = context;
+    ptrdiff_t first, cols;
+    fb_columns_of(t->k, t->params->w2.n, part, parts, &first, &cols);
+    for (ptrdiff_t f = 0; f < t->params->w1.n; f += FB_BLOCK)
+        down(t, fb_at(t->hidden, f * t->rows / FB_BLOCK * FB_LIST_ROW, t->k->size), t->rows, f, first, cols, t->out, 0,
+             t->workspace + part * t->workspace_part);
+}
+
+fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
+                              ptrdiff_t rows, void *out)
+{
+    const ptrdiff_t hidden = params->w1.n, features = params->w1.k;
+    const int parts = fb_parts(2.0 * (double)rows * (double)hidden * (double)features,
+                               fb_max(rows, fb_min(hidden, features) / k->panel));
+    feed_forward t = {.k = k, .params = params, .x = x, .x_row = x_row, .rows = rows, .out = out};
+    FB_SCRATCH(stack);
+    const ptrdiff_t blocks = (hidden + FB_BLOCK - 1) / FB_BLOCK;
+    const int by_columns = parts > 1 && rows < FB_FEW_ROWS * parts
+                           && rows * blocks * FB_LIST_ROW * k->size <= (ptrdiff_t)FEW_HIDDEN * parts;
+    t.workspace_part = fb_round_up(by_columns ? fb_skip_workspace(k, rows, 0) : fb_feed_forward_workspace(k, params, rows), 64);
+    if (!(t.workspace = fb_workspace(stack, parts, t.workspace_part)))
+        return FB_NO_MEMORY;
+    if (by_columns && !(t.hidden = fb_alloc(rows * blocks, FB_LIST_ROW, k->size))) {
+        fb_workspace_free(stack, t.workspace);
+        return FB_NO_MEMORY;
+    }
+    if (by_columns) {
+        fb_parallel(up_part, &t, parts);
+        fb_parallel(down_part, &t, parts);
+    } else {
+        fb_parallel(rows_part, &t, parts);
+    }
+    fb_free(t.hidden);
+    fb_workspace_free(stack, t.workspace);
+    return FB_OK;
+}
+
 fb_status fb_feed_forward(const fb_params *params, const void *x, ptrdiff_t rows, void *out)
 {
-    const struct fb_kernels *k = fb_kernels_in_use(params->dtype);
-    void *workspace = fb_alloc(fb_feed_forward_workspace(k), 1, k->size);
-    if (!workspace)
-        return FB_NO_MEMORY;
     fb_fp_mode mode = fb_fp_enter();
-    fb_feed_forward_rows(k, params, x, rows, out, workspace);
+    fb_status status = fb_feed_forward_all(fb_kernels_in_use(params->dtype), params, x, params->w1.k, rows, out);
     fb_fp_leave(mode);
-    fb_free(workspace);
-    return FB_OK;
+    return status;
 }

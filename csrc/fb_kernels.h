@@ -15,6 +15,12 @@
 enum {
     FB_BLOCK = 256,      /* the contract's block of k, and the depth of one pass of the matmul kernel */
     FB_PANEL_BYTES = 64, /* a panel is 16 float or 8 double columns: one cache line a k, in every tier */
+    FB_ROWS = 192,       /* rows of A a product takes at most: 192 x 256 float are 192 KB, at home in a 512 KB L2 */
+    FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 6 panels of B are 24 KB, at home in L1 */
+    FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
+    FB_STACK_BYTES = 16384, /* workspaces up to this size are on the stack */
+    FB_LIST_ROW = FB_BLOCK + 16, /* an odd number of cache lines: rows do not all fall into the same cache sets */
+    FB_SUMS_BYTES = 8 * FB_PANEL_BYTES, /* a row of a group of panels, the widest of all tiers */
 };
 
 /* One block of k of a matrix product, C (rows x cols) from A (rows x depth) and B (depth x cols):
@@ -27,13 +33,28 @@ typedef struct fb_product {
     ptrdiff_t a_row, b_k, b_panel, c_row; /* in elements */
     ptrdiff_t rows, cols, depth;          /* depth <= FB_BLOCK */
     int first, last, relu;
+    int skip; /* B is finite: k where a whole row tile of A is zero, at either end of the block, may be left out */
 } fb_product;
+
+/* The nonzeros of A, compressed: row i, slice s (`slice` consecutive k) has count[s*rows + i] of them, from element
+ * i*FB_LIST_ROW + s*slice of value and offset on. sums: scratch, FB_SUMS_BYTES a row. */
+typedef struct fb_nonzeros {
+    void *value;
+    uint16_t *offset, *count;
+    void *sums;
+    ptrdiff_t slice;
+} fb_nonzeros;
 
 struct fb_kernels {
     const char *tier;
     ptrdiff_t size;  /* bytes of an element */
     ptrdiff_t panel; /* columns of a panel: FB_PANEL_BYTES / size */
     void (*product)(const fb_product *);
+    /* The same from the nonzeros of A only; B must be finite. */
+    void (*product_sparse)(const fb_product *, const fb_nonzeros *);
+    void (*compress)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, const fb_nonzeros *out);
+    /* A few rows of A: the k from their first to their last nonzero, and the nonzeros of the first of them. */
+    void (*sample)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t *span, ptrdiff_t *nonzeros);
     /* out[i,j] = relu(finish(x[i,j], bias[j])) */
     void (*bias_relu)(const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t cols);
     /* Softmax of `rows` rows of raw scores, scaled: row i over its first count[i] scores; out[i, count[i]:width] = +0.0.
@@ -60,19 +81,57 @@ void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_
                          void *panels);
 
 /* fb_matmul.c: C (rows x cols) = finish(A B, bias) [then relu] where B is columns first_col .. first_col + cols of a
- * packed matrix; first_col is a multiple of the panel, bias starts at column first_col. */
+ * packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread. */
 void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
                ptrdiff_t first_col, ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row);
-/* The loops inside fb_mix_positions and fb_feed_forward, for callers with the mode set and a workspace at hand. */
-ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t features);
+/* The same for all columns, on all threads: C has b->n columns. */
+void fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w, const void *bias,
+                     int relu, void *out);
+/* One block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. in_place: A may be
+ * destroyed, and its a_row is FB_LIST_ROW. workspace: fb_skip_workspace(k, rows, in_place) bytes, 64-byte aligned. */
+ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, int in_place);
+void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, int in_place, void *workspace);
+/* The loops inside fb_mix_positions and fb_feed_forward, one thread, for callers that have a workspace (in bytes). */
+ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t positions, ptrdiff_t features);
 void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
-                 ptrdiff_t positions, ptrdiff_t features, void *out, void *workspace);
-ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k);
-void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t rows, void *out,
-                          void *workspace);
+                 ptrdiff_t positions, ptrdiff_t features, void *out, ptrdiff_t out_row, void *workspace);
+ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows);
+void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
+                          ptrdiff_t rows, void *out, void *workspace);
+/* fb_feed_forward.c: fb_feed_forward for any number of rows, on all threads. */
+fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
+                              ptrdiff_t rows, void *out);
+
+/* fb_threads.c: run task(context, part, parts) for every part, on the pool's threads and this one; each thread in the
+ * default floating-point mode. fb_parts: into how many parts to cut `work` multiply-adds, at most `limit`. */
+typedef void fb_task(void *context, int part, int parts);
+void fb_parallel(fb_task *task, void *context, int parts);
+int fb_parts(double work, ptrdiff_t limit);
 
 FB_INLINE ptrdiff_t fb_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+FB_INLINE ptrdiff_t fb_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
 FB_INLINE ptrdiff_t fb_round_up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) / to * to; }
 FB_INLINE void *fb_at(const void *base, ptrdiff_t elements, ptrdiff_t size) { return (char *)base + elements * size; }
+
+/* The columns of a part: whole panels, dealt out evenly. */
+FB_INLINE void fb_columns_of(const struct fb_kernels *k, ptrdiff_t cols, int part, int parts, ptrdiff_t *first,
+                             ptrdiff_t *n)
+{
+    const ptrdiff_t panels = (cols + k->panel - 1) / k->panel;
+    *first = panels * part / parts * k->panel;
+    *n = fb_min(panels * (part + 1) / parts * k->panel, cols) - *first;
+}
+
+/* A workspace of parts x bytes, on the stack where it is small: a tiny block takes less time than malloc. */
+#define FB_SCRATCH(name) FB_ALIGNED(64) char name[FB_STACK_BYTES]
+FB_INLINE void *fb_workspace(char *stack, ptrdiff_t parts, ptrdiff_t bytes)
+{
+    return parts == 1 && bytes <= FB_STACK_BYTES ? stack : fb_alloc(parts, bytes, 1);
+}
+FB_INLINE void fb_workspace_free(char *stack, void *workspace)
+{
+    if (workspace != stack)
+        fb_free(workspace);
+}
 
 #endif

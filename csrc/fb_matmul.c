@@ -1,21 +1,26 @@
-/* fb_matmul.c - the loops around the matmul kernel: C = finish(A B, bias) [then relu], by the one rule for sums.
+/* fb_matmul.c - the loops around the matmul kernels, and the operations that are one matrix product each.
  *
  * Loops are numbered as in the BLIS papers: 5 columns of C, 4 blocks of 256 k, 3 rows of C; the kernel holds 2 (panels)
  * and 1 (row tiles). A block of k is a block of the chain, so the order of the loops cannot be seen in the result.
  */
 #include "fb_kernels.h"
 
+/* Nonzeros in the span of a tile from which on the dense tile is faster (see fb_feed_forward.c for the figures). */
+static const double DENSE = 0.85;
+/* Multiply-adds of a product below which looking for zeros costs more than it gives. */
+static const double SKIP_WORK = 50000;
+
 enum {
-    ROWS = 192,   /* rows x 256 k of A: 192 KB (float32), with a panel of B at home in a 512 KB L2 */
-    COLUMNS = 256 /* columns per pass over A: their part of C stays in L2 between blocks of k */
+    COLUMNS = 256,     /* columns of C per pass over A: their part of C stays in L2 from one block of k to the next */
+    MIX_COLUMNS = 1024 /* columns of X packed at a time: 256 x 1024 float are 1 MB */
 };
 
 void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
                ptrdiff_t first_col, ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row)
 {
     const ptrdiff_t padded = fb_round_up(b->n, k->panel);
-    for (ptrdiff_t i = 0; i < rows; i += ROWS)             /* loop 5 and loop 3: a tile of C */
-        for (ptrdiff_t j = 0; j < cols; j += COLUMNS) {
+    for (ptrdiff_t i = 0; i < rows; i += FB_ROWS)         /* loop 3 */
+        for (ptrdiff_t j = 0; j < cols; j += COLUMNS) {   /* loop 5 */
             ptrdiff_t k0 = 0;
             do { /* loop 4: one block at least, so that an empty sum is +0.0 */
                 const ptrdiff_t depth = fb_min(FB_BLOCK, b->k - k0);
@@ -28,7 +33,7 @@ void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdi
                     .bias = bias ? fb_at(bias, j, k->size) : NULL,
                     .c = fb_at(c, i * c_row + j, k->size),
                     .c_row = c_row,
-                    .rows = fb_min(ROWS, rows - i),
+                    .rows = fb_min(FB_ROWS, rows - i),
                     .cols = fb_min(COLUMNS, cols - j),
                     .depth = depth,
                     .first = k0 == 0,
@@ -40,48 +45,153 @@ void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdi
         }
 }
 
+/* ---- a product that skips zeros of A */
+
+ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, int in_place)
+{
+    const ptrdiff_t value = in_place ? 0 : rows * FB_LIST_ROW * k->size, offset = rows * FB_LIST_ROW * 2;
+    const ptrdiff_t count = rows * FB_BLOCK / FB_SLICE * 2;
+    return value + fb_round_up(offset, 64) + fb_round_up(count, 64) + rows * FB_SUMS_BYTES;
+}
+
+void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, int in_place, void *workspace)
+{
+    /* Look at every fourth tile of 6 rows, not at the data's meaning. A tile costs its span, a row its nonzeros. */
+    enum { TILE = 6, EVERY = 4 };
+    ptrdiff_t seen = 0, spans = 0, nonzeros = 0;
+    if (!finite || (double)g->rows * (double)g->depth * (double)g->cols < SKIP_WORK) {
+        k->product(g);
+        return;
+    }
+    for (ptrdiff_t i = 0; i < g->rows; i += TILE * EVERY) {
+        ptrdiff_t span, n;
+        k->sample(fb_at(g->a, i * g->a_row, k->size), g->a_row, fb_min(TILE, g->rows - i), g->depth, &span, &n);
+        seen += g->depth;
+        spans += span;
+        nonzeros += n;
+    }
+    if ((double)nonzeros > DENSE * (double)spans) {
+        g->skip = spans < seen;
+        k->product(g);
+        return;
+    }
+    char *at = workspace;
+    fb_nonzeros list = {.value = (void *)g->a, .slice = nonzeros * 8 < seen ? FB_BLOCK : FB_SLICE};
+    if (!in_place) {
+        list.value = at;
+        at += g->rows * FB_LIST_ROW * k->size;
+    }
+    list.offset = (void *)at;
+    at += fb_round_up(g->rows * FB_LIST_ROW * 2, 64);
+    list.count = (void *)at;
+    at += fb_round_up(g->rows * FB_BLOCK / FB_SLICE * 2, 64);
+    list.sums = at;
+    k->compress(g->a, g->a_row, g->rows, g->depth, &list);
+    k->product_sparse(g, &list);
+}
+
+/* ---- up_project, down_project */
+
+typedef struct project_task {
+    const struct fb_kernels *k;
+    const void *x, *bias;
+    const fb_panels *w;
+    void *out;
+    ptrdiff_t rows;
+    int relu, by_columns;
+} project_task;
+
+static void project_part(void *context, int part, int parts)
+{
+    const project_task *t = context;
+    const fb_panels *w = t->w;
+    ptrdiff_t i = 0, rows = t->rows, first = 0, cols = w->n;
+    if (t->by_columns) {
+        fb_columns_of(t->k, w->n, part, parts, &first, &cols);
+    } else {
+        i = t->rows * part / parts;
+        rows = t->rows * (part + 1) / parts - i;
+    }
+    fb_matmul(t->k, fb_at(t->x, i * w->k, t->k->size), w->k, rows, w, first, cols,
+              t->bias ? fb_at(t->bias, first, t->k->size) : NULL, t->relu, fb_at(t->out, i * w->n + first, t->k->size),
+              w->n);
+}
+
+void fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w, const void *bias,
+                     int relu, void *out)
+{
+    project_task t = {k, x, bias, w, out, rows, relu, 0};
+    const int parts = fb_parts((double)rows * (double)w->n * (double)w->k, fb_max(rows, w->n / k->panel));
+    t.by_columns = rows < FB_FEW_ROWS * parts;
+    fb_parallel(project_part, &t, parts);
+}
+
 fb_status fb_project(fb_dtype dtype, const void *x, ptrdiff_t rows, const fb_panels *w, const void *bias, int relu,
                      void *out)
 {
     fb_fp_mode mode = fb_fp_enter();
-    fb_matmul(fb_kernels_in_use(dtype), x, w->k, rows, w, 0, w->n, bias, relu, out, w->n);
+    fb_project_rows(fb_kernels_in_use(dtype), x, rows, w, bias, relu, out);
     fb_fp_leave(mode);
     return FB_OK;
 }
 
-/* Rows of reference.mix_positions: out (rows x features) = finish(weights (rows x positions) x (positions x features)).
- * x is packed here, 256 positions and MIX_COLUMNS features at a time; workspace: fb_mix_workspace elements. */
-enum { MIX_COLUMNS = 1024 };
+/* ---- mix_positions: x is packed here, 256 positions and MIX_COLUMNS features at a time */
 
-ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t features)
+ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t positions, ptrdiff_t features)
 {
-    return FB_BLOCK * fb_round_up(fb_min(MIX_COLUMNS, features), k->panel);
+    const ptrdiff_t cols = fb_round_up(fb_min(MIX_COLUMNS, features), k->panel);
+    return fb_min(FB_BLOCK, positions) * cols * k->size + fb_skip_workspace(k, fb_min(FB_ROWS, rows), 0);
 }
 
 void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
-                 ptrdiff_t positions, ptrdiff_t features, void *out, void *workspace)
+                 ptrdiff_t positions, ptrdiff_t features, void *out, ptrdiff_t out_row, void *workspace)
 {
     for (ptrdiff_t j = 0; j < features; j += MIX_COLUMNS) {
-        const ptrdiff_t cols = fb_min(MIX_COLUMNS, features - j);
+        const ptrdiff_t cols = fb_min(MIX_COLUMNS, features - j), padded = fb_round_up(cols, k->panel);
         for (ptrdiff_t k0 = 0; k0 < positions; k0 += FB_BLOCK) {
             const ptrdiff_t depth = fb_min(FB_BLOCK, positions - k0);
             fb_panels_from_rows(k, fb_at(x, k0 * features + j, k->size), features, depth, cols, workspace);
-            for (ptrdiff_t i = 0; i < rows; i += ROWS)
-                k->product(&(fb_product){
+            const int finite = k->all_finite(workspace, depth * padded);
+            for (ptrdiff_t i = 0; i < rows; i += FB_ROWS)
+                fb_product_skipping(k, &(fb_product){
                     .a = fb_at(weights, i * weights_row + k0, k->size),
                     .a_row = weights_row,
                     .b = workspace,
                     .b_k = k->panel,
                     .b_panel = depth * k->panel,
-                    .c = fb_at(out, i * features + j, k->size),
-                    .c_row = features,
-                    .rows = fb_min(ROWS, rows - i),
+                    .c = fb_at(out, i * out_row + j, k->size),
+                    .c_row = out_row,
+                    .rows = fb_min(FB_ROWS, rows - i),
                     .cols = cols,
                     .depth = depth,
                     .first = k0 == 0,
                     .last = k0 + depth == positions,
-                });
+                }, finite, 0, fb_at(workspace, depth * padded, k->size));
         }
+    }
+}
+
+typedef struct mix_task {
+    const struct fb_kernels *k;
+    const void *weights, *x;
+    void *out;
+    ptrdiff_t batch, weights_batch, x_batch, positions, features;
+    char *workspace;
+    ptrdiff_t workspace_part;
+} mix_task;
+
+/* All rows of the batch in one line, cut evenly. */
+static void mix_part(void *context, int part, int parts)
+{
+    const mix_task *t = context;
+    const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, size = t->k->size;
+    ptrdiff_t row = total * part / parts, rows;
+    for (; row < end; row += rows) {
+        const ptrdiff_t b = row / t->positions, i = row % t->positions;
+        rows = fb_min(t->positions - i, end - row);
+        fb_mix_rows(t->k, fb_at(t->weights, b * t->weights_batch + i * t->positions, size), t->positions, rows,
+                    fb_at(t->x, b * t->x_batch, size), t->positions, t->features,
+                    fb_at(t->out, row * t->features, size), t->features, t->workspace + part * t->workspace_part);
     }
 }
 
@@ -89,15 +199,17 @@ fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights,
                            ptrdiff_t x_batch, void *out, ptrdiff_t positions, ptrdiff_t features)
 {
     const struct fb_kernels *k = fb_kernels_in_use(dtype);
-    void *workspace = fb_alloc(fb_mix_workspace(k, features), 1, k->size);
-    if (!workspace)
+    const int parts = fb_parts((double)batch * (double)positions * (double)positions * (double)features,
+                               batch * positions);
+    mix_task t = {k, weights, x, out, batch, weights_batch, x_batch, positions, features, NULL, 0};
+    FB_SCRATCH(stack);
+    t.workspace_part = fb_round_up(fb_mix_workspace(k, positions, positions, features), 64);
+    if (!(t.workspace = fb_workspace(stack, parts, t.workspace_part)))
         return FB_NO_MEMORY;
     fb_fp_mode mode = fb_fp_enter();
-    for (ptrdiff_t b = 0; b < batch; b++)
-        fb_mix_rows(k, fb_at(weights, b * weights_batch, k->size), positions, positions, fb_at(x, b * x_batch, k->size),
-                    positions, features, fb_at(out, b * positions * features, k->size), workspace);
+    fb_parallel(mix_part, &t, parts);
     fb_fp_leave(mode);
-    fb_free(workspace);
+    fb_workspace_free(stack, t.workspace);
     return FB_OK;
 }
 

@@ -5,10 +5,12 @@
  * width = 64 bytes of columns, N' = N rounded up to whole panels, depth = rows of that block (256, the last may have
  * fewer). A panel of a block is one stream of cache lines, 16 KB, half of an L1 cache. Padding columns are +0.0.
  */
+#define _DEFAULT_SOURCE /* posix_memalign, madvise */
 #include "fb_kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size)
 {
@@ -19,8 +21,13 @@ void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size)
 #ifdef _WIN32
     p = _aligned_malloc(bytes ? bytes : 64, 64);
 #else
-    if (posix_memalign(&p, 64, bytes ? bytes : 64))
-        p = NULL;
+    const size_t huge = 2 << 20;
+    if (posix_memalign(&p, bytes >= 2 * huge ? huge : 64, bytes ? bytes : 64))
+        return NULL;
+#ifdef MADV_HUGEPAGE
+    if (bytes >= 2 * huge)
+        madvise(p, bytes, MADV_HUGEPAGE);
+#endif
 #endif
     return p;
 }

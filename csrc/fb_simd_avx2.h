@@ -10,6 +10,7 @@
 #define FB_TILE_ROWS 6
 #define FB_TILE_PANELS(rows) ((rows) == 1 ? 6 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
 #define FB_TILE_VECS 12
+#define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 
 /* The bit positions of an 8-bit (4-bit) mask, packed to the front, one byte each: permutations for compress. */
@@ -87,13 +88,16 @@ FB_INLINE fb_f32_vec fb_f32_relu(fb_f32_vec v)
 {
     return _mm256_and_ps(v, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ));
 }
-FB_INLINE int fb_f32_compress(fb_f32_vec v, int32_t first, float *value, int32_t *index)
+FB_INLINE unsigned fb_f32_nonzero(fb_f32_vec v)
 {
-    unsigned nonzero = (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
-    __m256i lane = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)fb_avx2_compress8[nonzero]));
-    _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(v, lane));
-    _mm256_storeu_si256((__m256i *)index, _mm256_add_epi32(lane, _mm256_set1_epi32(first)));
-    return __builtin_popcount(nonzero);
+    return (unsigned)_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+}
+FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *value, uint16_t *offset)
+{
+    __m128i byte = _mm_cvtsi64_si128((long long)fb_avx2_compress8[keep]);
+    _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(byte)));
+    __m128i lane = _mm_add_epi16(_mm_cvtepu8_epi16(byte), _mm_set1_epi16((short)first));
+    _mm_storeu_si128((__m128i *)offset, _mm_slli_epi16(lane, 6));
 }
 
 /* ---- float64 */
@@ -120,14 +124,17 @@ FB_INLINE fb_f64_vec fb_f64_relu(fb_f64_vec v)
 {
     return _mm256_and_pd(v, _mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ));
 }
-FB_INLINE int fb_f64_compress(fb_f64_vec v, int32_t first, double *value, int32_t *index)
+FB_INLINE unsigned fb_f64_nonzero(fb_f64_vec v)
 {
-    unsigned nonzero = (unsigned)_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NEQ_UQ));
-    __m256i half = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)fb_avx2_compress4[nonzero]));
-    __m128i lane = _mm_cvtepu8_epi32(_mm_cvtsi64_si128((long long)fb_avx2_compress8[nonzero]));
+    return (unsigned)_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NEQ_UQ));
+}
+FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *value, uint16_t *offset)
+{
+    __m256i half = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)fb_avx2_compress4[keep]));
     _mm256_storeu_pd(value, _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(v), half)));
-    _mm_storeu_si128((__m128i *)index, _mm_add_epi32(lane, _mm_set1_epi32(first)));
-    return __builtin_popcount(nonzero);
+    __m128i byte = _mm_cvtsi64_si128((long long)fb_avx2_compress8[keep]);
+    __m128i lane = _mm_add_epi16(_mm_cvtepu8_epi16(byte), _mm_set1_epi16((short)first));
+    _mm_storel_epi64((__m128i *)offset, _mm_slli_epi16(lane, 6));
 }
 
 /* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */

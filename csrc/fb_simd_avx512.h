@@ -8,8 +8,9 @@
 
 /* Registers: 32. A tile of 14 rows x 2 panels (2 vectors) holds 28 accumulators, 2 weights and 1 broadcast in 31. */
 #define FB_TILE_ROWS 14
-#define FB_TILE_PANELS(rows) ((rows) == 1 ? 12 : (rows) == 2 ? 6 : (rows) == 3 ? 4 : (rows) == 4 ? 3 : 2)
+#define FB_TILE_PANELS(rows) ((rows) == 1 ? 8 : (rows) == 2 ? 6 : (rows) == 3 ? 4 : (rows) == 4 ? 3 : 2)
 #define FB_TILE_VECS 28
+#define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14)
 
 /* ---- float32 */
@@ -35,13 +36,17 @@ FB_INLINE fb_f32_vec fb_f32_relu(fb_f32_vec v)
 {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
 }
-FB_INLINE int fb_f32_compress(fb_f32_vec v, int32_t first, float *value, int32_t *index)
+FB_INLINE unsigned fb_f32_nonzero(fb_f32_vec v)
 {
-    __mmask16 nonzero = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    _mm512_storeu_ps(value, _mm512_maskz_compress_ps(nonzero, v));
-    _mm512_storeu_si512(index, _mm512_add_epi32(_mm512_maskz_compress_epi32(nonzero, lane), _mm512_set1_epi32(first)));
-    return __builtin_popcount(nonzero);
+    return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+}
+FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *value, uint16_t *offset)
+{
+    __m512i lane = _mm512_add_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                    _mm512_set1_epi32(first));
+    _mm512_storeu_ps(value, _mm512_maskz_compress_ps((__mmask16)keep, v));
+    lane = _mm512_slli_epi32(_mm512_maskz_compress_epi32((__mmask16)keep, lane), 6);
+    _mm256_storeu_si256((__m256i *)offset, _mm512_cvtepi32_epi16(lane));
 }
 
 /* ---- float64 */
@@ -68,15 +73,16 @@ FB_INLINE fb_f64_vec fb_f64_relu(fb_f64_vec v)
 {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ), v);
 }
-FB_INLINE int fb_f64_compress(fb_f64_vec v, int32_t first, double *value, int32_t *index)
+FB_INLINE unsigned fb_f64_nonzero(fb_f64_vec v)
 {
-    __mmask8 nonzero = _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ);
-    __m512i lane = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i packed = _mm512_maskz_compress_epi64(nonzero, lane);
-    _mm512_storeu_pd(value, _mm512_maskz_compress_pd(nonzero, v));
-    _mm256_storeu_si256((__m256i *)index,
-                        _mm512_cvtepi64_epi32(_mm512_add_epi64(packed, _mm512_set1_epi64(first))));
-    return __builtin_popcount(nonzero);
+    return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ);
+}
+FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *value, uint16_t *offset)
+{
+    __m512i lane = _mm512_add_epi64(_mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi64(first));
+    _mm512_storeu_pd(value, _mm512_maskz_compress_pd((__mmask8)keep, v));
+    lane = _mm512_slli_epi64(_mm512_maskz_compress_epi64((__mmask8)keep, lane), 6);
+    _mm_storeu_si128((__m128i *)offset, _mm512_cvtepi64_epi16(lane));
 }
 
 /* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */

@@ -8,8 +8,9 @@
 
 /* Registers: 32. A tile of 6 rows x 1 panel (4 vectors) holds 24 accumulators, 4 weights and 1 broadcast in 29. */
 #define FB_TILE_ROWS 6
-#define FB_TILE_PANELS(rows) ((rows) == 1 ? 4 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
+#define FB_TILE_PANELS(rows) ((rows) == 1 ? 6 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
 #define FB_TILE_VECS 24
+#define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 
 /* ---- float32 */
@@ -35,17 +36,19 @@ FB_INLINE fb_f32_vec fb_f32_relu(fb_f32_vec v)
 {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(v), vclezq_f32(v)));
 }
-FB_INLINE int fb_f32_compress(fb_f32_vec v, int32_t first, float *value, int32_t *index)
+FB_INLINE unsigned fb_f32_nonzero(fb_f32_vec v)
+{
+    const uint32x4_t bit = {1, 2, 4, 8};
+    return vaddvq_u32(vbicq_u32(bit, vceqzq_f32(v)));
+}
+FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *value, uint16_t *offset)
 {
     float lane[4];
-    int n = 0;
     vst1q_f32(lane, v);
-    for (int i = 0; i < 4; i++) { /* branchless: write, then advance past a nonzero */
+    for (int i = 0, n = 0; i < 4; n += keep >> i & 1, i++) { /* branchless: write, then advance past a kept lane */
         value[n] = lane[i];
-        index[n] = first + i;
-        n += lane[i] != 0;
+        offset[n] = (uint16_t)((first + i) * 64);
     }
-    return n;
 }
 
 /* ---- float64 */
@@ -71,17 +74,19 @@ FB_INLINE fb_f64_vec fb_f64_relu(fb_f64_vec v)
 {
     return vreinterpretq_f64_u64(vbicq_u64(vreinterpretq_u64_f64(v), vclezq_f64(v)));
 }
-FB_INLINE int fb_f64_compress(fb_f64_vec v, int32_t first, double *value, int32_t *index)
+FB_INLINE unsigned fb_f64_nonzero(fb_f64_vec v)
+{
+    const uint64x2_t bit = {1, 2};
+    return (unsigned)vaddvq_u64(vbicq_u64(bit, vceqzq_f64(v)));
+}
+FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *value, uint16_t *offset)
 {
     double lane[2];
-    int n = 0;
     vst1q_f64(lane, v);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0, n = 0; i < 2; n += keep >> i & 1, i++) { /* branchless: write, then advance past a kept lane */
         value[n] = lane[i];
-        index[n] = first + i;
-        n += lane[i] != 0;
+        offset[n] = (uint16_t)((first + i) * 64);
     }
-    return n;
 }
 
 /* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */

@@ -13,6 +13,7 @@
 #define FB_TILE_ROWS 4
 #define FB_TILE_PANELS(rows) 1
 #define FB_TILE_VECS 16
+#define FB_PANEL_CASES(X) X(1)
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4)
 
 FB_INLINE uint64_t fb_bits64(double x) { uint64_t u; memcpy(&u, &x, 8); return u; }
@@ -88,7 +89,7 @@ FB_NOINLINE double fb_fma_f64_scaled(double a, double b, double c)
     if (er + base > -1022)
         return ldexp(r, base);
     /* subnormal: a big addend with the right ulp makes the sum round at 2**-1074 */
-    double t, big = copysign(ldexp(1.0, 52 - 1074 - base), vh), h = fb_two_sum(big, vh, &t);
+    double t, big = copysign(ldexp(1.0, 52 - 1074 - base), r), h = fb_two_sum(big, vh, &t);
     double x = (h + fb_add_odd(t, z)) - big;
     return x == 0 ? copysign(0.0, r) : ldexp(x, base);
 }
@@ -132,15 +133,19 @@ FB_INLINE fb_f32_vec fb_f32_canonical(fb_f32_vec v)
     FB_F32(v.lane[i] == v.lane[i] ? v.lane[i] + 0.0f : nan);
 }
 FB_INLINE fb_f32_vec fb_f32_relu(fb_f32_vec v) { FB_F32(v.lane[i] <= 0 ? 0.0f : v.lane[i]); }
-FB_INLINE int fb_f32_compress(fb_f32_vec v, int32_t first, float *value, int32_t *index)
+FB_INLINE unsigned fb_f32_nonzero(fb_f32_vec v)
 {
-    int n = 0;
-    for (int i = 0; i < FB_F32_LANES; i++) { /* branchless: write, then advance past a nonzero */
+    unsigned mask = 0;
+    for (int i = 0; i < FB_F32_LANES; i++)
+        mask |= (unsigned)(v.lane[i] != 0) << i;
+    return mask;
+}
+FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *value, uint16_t *offset)
+{
+    for (int i = 0, n = 0; i < FB_F32_LANES; n += keep >> i & 1, i++) { /* branchless: write, then advance past a kept lane */
         value[n] = v.lane[i];
-        index[n] = first + i;
-        n += v.lane[i] != 0;
+        offset[n] = (uint16_t)((first + i) * 64);
     }
-    return n;
 }
 
 /* ---- float64 */
@@ -162,15 +167,19 @@ FB_INLINE fb_f64_vec fb_f64_canonical(fb_f64_vec v)
     FB_F64(v.lane[i] == v.lane[i] ? v.lane[i] + 0.0 : fb_from_bits64(0x7ff8000000000000));
 }
 FB_INLINE fb_f64_vec fb_f64_relu(fb_f64_vec v) { FB_F64(v.lane[i] <= 0 ? 0.0 : v.lane[i]); }
-FB_INLINE int fb_f64_compress(fb_f64_vec v, int32_t first, double *value, int32_t *index)
+FB_INLINE unsigned fb_f64_nonzero(fb_f64_vec v)
 {
-    int n = 0;
-    for (int i = 0; i < FB_F64_LANES; i++) {
+    unsigned mask = 0;
+    for (int i = 0; i < FB_F64_LANES; i++)
+        mask |= (unsigned)(v.lane[i] != 0) << i;
+    return mask;
+}
+FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *value, uint16_t *offset)
+{
+    for (int i = 0, n = 0; i < FB_F64_LANES; n += keep >> i & 1, i++) { /* branchless: write, then advance past a kept lane */
         value[n] = v.lane[i];
-        index[n] = first + i;
-        n += v.lane[i] != 0;
+        offset[n] = (uint16_t)((first + i) * 64);
     }
-    return n;
 }
 
 /* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */

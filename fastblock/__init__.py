@@ -31,9 +31,12 @@ try:
         bias_relu,
         down_project,
         feed_forward,
+        get_num_threads,
         isa,
         isas,
         mix_positions,
+        num_threads,
+        set_num_threads,
         up_project,
         use_isa,
     )
@@ -46,6 +49,7 @@ except ModuleNotFoundError as error:
     ) from error
 from . import reference
 from .block import Block, Stack
+from . import _threadpool  # noqa: F401 (makes the threads visible to threadpoolctl)
 
 __version__ = "0.1.0"
 
@@ -61,10 +65,13 @@ __all__ = [
     "bias_relu",
     "down_project",
     "feed_forward",
+    "get_num_threads",
     "isa",
     "isas",
     "mix_positions",
+    "num_threads",
     "reference",
+    "set_num_threads",
     "show_config",
     "up_project",
     "use_isa",

@@ -41,5 +41,7 @@ cdef extern from "fastblock.h" nogil:
     int fb_isa_usable(int i)
     int fb_isa()
     int fb_use_isa(int i)
+    int fb_get_num_threads()
+    void fb_set_num_threads(int n)
     void fb_fma(fb_dtype, const void *a, const void *b, const void *c, void *out, Py_ssize_t n)
     void fb_exp(fb_dtype, const void *x, void *out, Py_ssize_t n)

@@ -5,6 +5,7 @@ Arguments that are not directly usable (strided, unaligned) are copied into cont
 converted. `out` is written directly if it can be, else through a temporary array, so that it may overlap an input.
 """
 
+import operator
 import os
 import platform
 
@@ -913,6 +914,81 @@ def use_isa(name):
     raise ValueError(f"name: expected one of {', '.join(tiers(True))} (the tiers of this CPU and build), got {name!r}")
 
 
+# ---- threads
+
+def get_num_threads():
+    """How many threads a large call may use.
+
+    The number given to `set_num_threads`, else by the environment variable ``FASTBLOCK_NUM_THREADS``, else by
+    ``OMP_NUM_THREADS``, else the CPUs that this process may use (affinity and cgroup quota).
+
+    Examples
+    --------
+    >>> import fastblock
+    >>> fastblock.get_num_threads() >= 1
+    True
+    """
+    return fb_get_num_threads()
+
+
+def set_num_threads(n):
+    """Let large calls use up to `n` threads from now on, in the whole process. No result depends on it.
+
+    Parameters
+    ----------
+    n : int
+        At least 1; more than 256 count as 256.
+
+    Raises
+    ------
+    ValueError
+        If `n` is less than 1.
+    TypeError
+        If `n` is no integer.
+
+    Examples
+    --------
+    >>> import fastblock
+    >>> fastblock.set_num_threads(2)
+    >>> fastblock.get_num_threads()
+    2
+    """
+    count = operator.index(n)
+    if count < 1:
+        raise ValueError(f"n: expected at least 1 thread, got {count}")
+    fb_set_num_threads(min(count, 256))
+
+
+class num_threads:
+    """Context manager: large calls use up to `n` threads inside, and as many as before afterwards.
+
+    The number is that of the whole process, as with `set_num_threads`.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+
+    Examples
+    --------
+    >>> import fastblock
+    >>> with fastblock.num_threads(1):
+    ...     fastblock.get_num_threads()
+    1
+    """
+
+    def __init__(self, n):
+        self.n = n
+
+    def __enter__(self):
+        self.before = get_num_threads()
+        set_num_threads(self.n)
+        return self
+
+    def __exit__(self, *exception):
+        set_num_threads(self.before)
+
+
 def _cpu():
     try:
         with open("/proc/cpuinfo") as lines:
@@ -931,7 +1007,7 @@ def _config():
         "isas_compiled": tiers(False),
         "isas_usable": tiers(True),
         "isa": isa(),
-        "threads": 1,
+        "threads": get_num_threads(),
         "compiler": FB_COMPILER.decode(),
     }
 
@@ -954,6 +1030,9 @@ def _exp(x):
     return out
 
 
+_requested = os.environ.get("FASTBLOCK_NUM_THREADS")
+if _requested and not (_requested.isascii() and _requested.isdigit() and int(_requested)):
+    raise ImportError(f"FASTBLOCK_NUM_THREADS: expected a number of threads, at least 1, got {_requested!r}")
 _requested = os.environ.get("FASTBLOCK_ISA")
 if _requested:
     try:

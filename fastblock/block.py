@@ -23,6 +23,11 @@ class Block(PackedBlock):
     The parameters are copied: later changes to the caller's arrays do not matter. All arrays have one dtype,
     float32 or float64. Weights are stored (out, in), as in `torch.nn.Linear`.
 
+    A block is called as ``block(x, weights=None, *, causal=False, key_mask=None, out=None)``. It takes x (..., P, D)
+    and returns an array of that shape: `out` if it is given, which may overlap x. The positions are mixed with
+    `weights` (..., P, P), or without them by the block's own query-key module, where ``causal=True`` lets a position
+    attend to itself and those before it only, and key_mask (..., P), of bool, is True where a key is kept.
+
     Parameters
     ----------
     w1 : ndarray, shape (F, D)
@@ -46,9 +51,12 @@ class Block(PackedBlock):
     Raises
     ------
     ValueError
-        A shape does not fit the others.
+        A shape does not fit the others, in the parameters or in a call; a call has `weights` together with `causal` or
+        `key_mask`, or has none and the block no query-key module; `out` is read-only.
     TypeError
-        A parameter is not an ndarray of float32 or float64, or their dtypes differ.
+        An argument is not an ndarray of float32 or float64, or dtypes differ.
+    MemoryError
+        Packed parameters or results do not fit into memory.
 
     See Also
     --------

@@ -148,8 +148,8 @@ def _show_timings():
     ]
     print(
         "\n\nTIME of one block in float32, A given, beside np.maximum(A @ x @ w1.T + b1, 0) @ w2.T + b2\n"
-        f"(medians of {ROUNDS} interleaved rounds; tier {isa()}; each with its default threads)\n\n"
-        "                          fastblock          NumPy   ratio   first and last position equal the reference"
+        f"(medians of interleaved rounds; tier {isa()}; each with its default threads)\n\n"
+        "                          fastblock          NumPy   ratio   rounds   first and last position equal the reference"
     )
     equal = True
     for name, x, weights, parameters in cases:
@@ -159,36 +159,33 @@ def _show_timings():
         expected = reference.feed_forward(reference.mix_positions(weights, x)[ends], **parameters)
         y = block(x, weights)[ends]
         equal &= _same_bytes(y, expected)
-        ours, numpys = _medians(
+        ours, numpys, rounds = _medians(
             lambda: block(x, weights),
             lambda: np.maximum(weights @ x @ w1.T + b1, 0) @ w2.T + b2,
         )
         print(
-            f"   {name:<20} {_duration(ours):>11}    {_duration(numpys):>11}   {numpys / ours:5.2f}   "
+            f"   {name:<20} {_duration(ours):>11}    {_duration(numpys):>11}   {numpys / ours:5.2f}   {rounds:6}   "
             f"{_compared(y, expected)}"
         )
     return equal
 
 
-ROUNDS = 15
-
-
 def _medians(*functions):
-    """Median seconds of a call of each function; they take turns, a few milliseconds each."""
+    """Median seconds of a call of each function, and of how many rounds: they take turns, for up to two seconds."""
     calls = []
     for function in functions:
-        function()
         start = time.perf_counter()
         function()
-        calls.append(max(1, int(0.005 / max(time.perf_counter() - start, 1e-7))))
+        calls.append(max(1, int(0.005 / (time.perf_counter() - start))))
     seconds = [[] for _ in functions]
-    for _ in range(ROUNDS):
+    end = time.perf_counter() + 2
+    while not seconds[0] or (len(seconds[0]) < 25 and time.perf_counter() < end):
         for function, count, taken in zip(functions, calls, seconds):
             start = time.perf_counter()
             for _ in range(count):
                 function()
             taken.append((time.perf_counter() - start) / count)
-    return [statistics.median(taken) for taken in seconds]
+    return *map(statistics.median, seconds), len(seconds[0])
 
 
 def _duration(seconds):

@@ -1,0 +1,418 @@
+"""`Block` and `Stack`: what they own, keep and hand on. Their arithmetic is tested in test_exact.py."""
+
+import copy
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+import fastblock
+from fastblock import _files, reference
+from fastblock.block import PARAMETERS
+
+SHAPES = {"w1": (9, 5), "b1": (9,), "w2": (5, 9), "b2": (5,), "w_q": (3, 5), "w_k": (3, 5), "b_q": (3,), "b_k": (3,)}
+VARIANTS = {
+    "all": PARAMETERS,
+    "no query-key module": ("w1", "b1", "w2", "b2"),
+    "no bias": ("w1", "w2", "w_q", "w_k"),
+    "some biases": ("w1", "w2", "b2", "w_q", "w_k", "b_k"),
+}
+
+
+def make_parameters(dtype, names=PARAMETERS, seed=0):
+    rng = np.random.default_rng(seed)
+    parameters = {name: rng.standard_normal(SHAPES[name]).astype(dtype) for name in names}
+    return dict.fromkeys(("w1", "b1", "w2", "b2")) | parameters
+
+
+def make_stack(dtype=np.float32, names=PARAMETERS, count=3):
+    return fastblock.Stack(fastblock.Block(**make_parameters(dtype, names, seed)) for seed in range(count))
+
+
+def inputs(dtype):
+    rng = np.random.default_rng(99)
+    return rng.standard_normal((2, 7, 5)).astype(dtype), rng.standard_normal((7, 7)).astype(dtype)
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def names(request):
+    return request.param
+
+
+def assert_equal_models(got, want, same_bytes):
+    """Same parameters, same types, same results."""
+    assert type(got) is type(want)
+    blocks = zip(got, want, strict=True) if isinstance(want, fastblock.Stack) else [(got, want)]
+    for one, other in blocks:
+        for name in PARAMETERS:
+            if getattr(other, name) is None:
+                assert getattr(one, name) is None
+            else:
+                same_bytes(getattr(one, name), getattr(other, name), name)
+    x, weights = inputs(want.dtype)
+    same_bytes(got(x, weights), want(x, weights))
+
+
+# ---- what a block owns
+
+
+def test_attributes(dtype, names, same_bytes):
+    parameters = make_parameters(dtype, names)
+    block = fastblock.Block(**parameters)
+    for name in PARAMETERS:
+        kept = getattr(block, name)
+        if parameters.get(name) is None:
+            assert kept is None
+        else:
+            same_bytes(kept, parameters[name], name)
+            with pytest.raises(AttributeError):
+                setattr(block, name, parameters[name])
+    assert block.dtype == np.dtype(dtype) and isinstance(block.dtype, np.dtype)
+    assert (block.features, block.hidden) == (5, 9)
+    assert block.head_width == (3 if "w_q" in names else None)
+
+
+def test_every_bit_of_a_parameter_is_kept(dtype, same_bytes):
+    """NaN payloads and signs of zeros, too: packing and unpacking moves values, it does not compute with them."""
+    rng = np.random.default_rng(5)
+    unsigned = np.dtype(f"u{np.dtype(dtype).itemsize}")
+    parameters = {
+        name: rng.integers(0, np.iinfo(unsigned).max, shape, unsigned).view(dtype) for name, shape in SHAPES.items()
+    }
+    parameters["b1"][0] = -0.0
+    block = fastblock.Block(**parameters)
+    for name, array in parameters.items():
+        same_bytes(getattr(block, name), array, name)
+
+
+def test_parameters_are_copied_once(dtype, names, same_bytes):
+    parameters = make_parameters(dtype, names)
+    x, weights = inputs(dtype)
+    block = fastblock.Block(**parameters)
+    expected = block(x, weights)
+    for array in parameters.values():
+        if array is not None:
+            array[...] = np.nan
+    same_bytes(block(x, weights), expected)
+    for name in PARAMETERS:  # what the attributes give away is a copy, too
+        kept = getattr(block, name)
+        if kept is not None and kept.flags.writeable:
+            kept[...] = np.nan
+    same_bytes(block(x, weights), expected)
+
+
+def test_parameters_of_any_layout(dtype, same_bytes):
+    plain = make_parameters(dtype)
+    layouts = [
+        {name: np.asfortranarray(array) for name, array in plain.items()},
+        {name: np.repeat(np.repeat(array, 2, 0), 3, -1)[::2, ..., ::3] if array.ndim > 1 else array for name, array in plain.items()},
+        {name: array[..., ::-1].copy()[..., ::-1] for name, array in plain.items()},
+    ]
+    block = fastblock.Block(**plain)
+    for parameters in layouts:
+        for array in parameters.values():
+            array.flags.writeable = False
+        assert_equal_models(fastblock.Block(**parameters), block, same_bytes)
+
+
+def test_repr():
+    assert repr(fastblock.Block(**make_parameters("f4"))) == "Block(features=5, hidden=9, head_width=3, dtype=float32)"
+    block = fastblock.Block(**make_parameters("f8", ("w1", "w2")))
+    assert repr(block) == "Block(features=5, hidden=9, head_width=None, dtype=float64)"
+    assert repr(fastblock.Stack([block])) == f"Stack([\n    {block!r},\n])"
+
+
+# ---- pickle and copy
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("make", [lambda *a: make_stack(*a)[0], make_stack], ids=["Block", "Stack"])
+def test_pickle(make, protocol, dtype, names, same_bytes):
+    model = make(dtype, names)
+    assert_equal_models(pickle.loads(pickle.dumps(model, protocol)), model, same_bytes)
+    assert_equal_models(copy.copy(model), model, same_bytes)
+    assert_equal_models(copy.deepcopy(model), model, same_bytes)
+
+
+def test_pickle_holds_raw_parameters_only():
+    """Neither padding nor a second, packed copy."""
+    rng = np.random.default_rng(0)
+    block = fastblock.Block(*(rng.standard_normal(shape) for shape in [(101, 67), 101, (67, 101), 67]))
+    raw = sum(array.nbytes for array in (block.w1, block.b1, block.w2, block.b2))
+    assert raw < len(pickle.dumps(block)) < raw + 2000
+
+
+class Named(fastblock.Block):
+    """A subclass with an attribute of its own."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.name = "unnamed"
+
+
+def test_subclass(tmp_path, same_bytes):
+    block = Named(**make_parameters("f4"))
+    assert repr(block).startswith("Named(features=5")
+    block.name = "first"
+    for twin in (pickle.loads(pickle.dumps(block)), copy.deepcopy(block)):
+        assert_equal_models(twin, block, same_bytes)
+        assert twin.name == "first"
+    block.save(tmp_path / "block.npz")
+    assert_equal_models(Named.load(tmp_path / "block.npz"), block, same_bytes)
+    assert type(fastblock.Stack([block])[0]) is Named
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("make", [lambda *a: make_stack(*a)[0], make_stack], ids=["Block", "Stack"])
+def test_save_and_load(make, dtype, names, tmp_path, same_bytes):
+    model = make(dtype, names)
+    for path in (tmp_path / "model.npz", str(tmp_path / "no suffix is added")):
+        model.save(path)
+        assert_equal_models(type(model).load(path), model, same_bytes)
+        assert_equal_models(fastblock.block.load(path), model, same_bytes)
+    assert sorted(os.listdir(tmp_path)) == ["model.npz", "no suffix is added"]
+
+
+def test_a_stack_of_more_than_ten_blocks_keeps_its_order(tmp_path, same_bytes):
+    stack = make_stack(count=12)
+    stack.save(tmp_path / "stack.npz")
+    assert_equal_models(fastblock.Stack.load(tmp_path / "stack.npz"), stack, same_bytes)
+
+
+def test_a_file_holds_plain_arrays(tmp_path):
+    """Anyone with NumPy can read the parameters; nothing in the file is pickled."""
+    stack = make_stack()
+    stack[0].save(tmp_path / "block.npz")
+    stack.save(tmp_path / "stack.npz")
+    with np.load(tmp_path / "block.npz", allow_pickle=False) as file:
+        assert sorted(file) == sorted(["fastblock_format", *PARAMETERS])
+        assert str(file["fastblock_format"]) == "fastblock.Block/1"
+    with np.load(tmp_path / "stack.npz", allow_pickle=False) as file:
+        assert sorted(file) == sorted(["fastblock_format", *(f"{i}.{name}" for i in range(3) for name in PARAMETERS)])
+        assert str(file["fastblock_format"]) == "fastblock.Stack/1"
+
+
+def test_load_refuses_other_files(tmp_path):
+    path = tmp_path / "file"
+    stack = make_stack()
+    parameters = make_parameters("f4")
+
+    def refused(expectation, loaders=(fastblock.Block.load, fastblock.Stack.load)):
+        for load in loaders:
+            with pytest.raises(ValueError) as caught:
+                load(path)
+            message = str(caught.value)
+            assert message.startswith(f"{path}: ") and expectation in message and "\n" not in message, message
+
+    stack.save(path)
+    refused("format fastblock.Block/1, got fastblock.Stack/1", [fastblock.Block.load])
+    stack[0].save(path)
+    refused("format fastblock.Stack/1, got fastblock.Block/1", [fastblock.Stack.load])
+    for content in (b"", b"\x80", b"text\n" * 100, b"PK", b"PK\x03\x04" + bytes(100), pickle.dumps(stack)):
+        path.write_bytes(content)
+        refused("a file that cannot be read")
+    with open(path, "wb") as file:
+        np.save(file, parameters["w1"])
+    refused("a single array")
+    with open(path, "wb") as file:
+        np.savez(file, **parameters)
+    refused("an .npz file that fastblock has not written")
+    with open(path, "wb") as file:
+        np.savez(file, fastblock_format="fastblock.Block/2", **parameters)
+    refused("got fastblock.Block/2")
+    with open(path, "wb") as file:
+        np.savez(file, fastblock_format=np.array({"a": 1}, dtype=object), **parameters)
+    refused("cannot be read")
+
+    for message, change in {
+        "w1": {"w1": None},
+        "b1: expected shape (9,), got (4,)": {"b1": np.ones(4, "f4")},
+        "dtype": {"w2": parameters["w2"].astype("f8")},
+        "w_q": {"w_k": None},
+        "w3": {"w3": parameters["w1"]},
+    }.items():
+        arrays = {name: array for name, array in (parameters | change).items() if array is not None}
+        _files.write_arrays(path, "Block", arrays)
+        refused(message, [fastblock.Block.load])
+        _files.write_arrays(path, "Stack", {f"0.{name}": array for name, array in arrays.items()})
+        refused(message, [fastblock.Stack.load])
+    for arrays in ({}, {"0w1": parameters["w1"]}, {"1.w1": parameters["w1"]}, {".": parameters["w1"]}):
+        _files.write_arrays(path, "Stack", arrays)
+        refused("do not fit together", [fastblock.Stack.load])
+
+    for load in (fastblock.Block.load, fastblock.Stack.load):
+        with pytest.raises(FileNotFoundError):
+            load(tmp_path / "missing")
+        with pytest.raises(IsADirectoryError):
+            load(tmp_path)
+
+
+def test_damaged_files_are_refused_or_read_right(tmp_path, same_bytes):
+    """Cut anywhere, or with any byte changed: an error that says so, never other parameters (zip has checksums)."""
+    block = make_stack()[0]
+    block.save(tmp_path / "whole.npz")
+    whole = (tmp_path / "whole.npz").read_bytes()
+    path = tmp_path / "damaged.npz"
+    rng = np.random.default_rng(0)
+    refused = 0
+    for position in rng.integers(0, len(whole), 300):
+        flipped = bytearray(whole)
+        flipped[position] ^= int(rng.integers(1, 256))
+        for content in (whole[:position], flipped):
+            path.write_bytes(content)
+            try:
+                assert_equal_models(fastblock.Block.load(path), block, same_bytes)
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: ")
+                refused += 1
+    assert refused > 400
+
+
+def test_save_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "model.npz"
+    path.write_bytes(b"what was there before")
+    stack = make_stack()
+
+    def fail(*_, **__):
+        raise failure
+
+    def fail_half_way(file, **arrays):
+        file.write(b"half")
+        raise failure
+
+    for failure in (OSError("disk full"), KeyboardInterrupt()):
+        for module, name, stand_in in [(np, "savez", fail_half_way), (os, "fsync", fail), (os, "replace", fail)]:
+            with monkeypatch.context() as patch:
+                patch.setattr(module, name, stand_in)
+                with pytest.raises(type(failure)):
+                    stack.save(path)
+        assert path.read_bytes() == b"what was there before"
+        assert os.listdir(tmp_path) == ["model.npz"]
+
+    with pytest.raises(IsADirectoryError):
+        stack.save(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        stack.save(tmp_path / "missing" / "model.npz")
+    assert caught.value.filename == str(tmp_path / "missing" / "model.npz")
+    assert os.listdir(tmp_path) == ["model.npz"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links, permissions and devices of POSIX")
+def test_save_respects_what_the_path_is(tmp_path):
+    block = make_stack()[0]
+    (tmp_path / "link").symlink_to("target")
+    block.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and zipfile.is_zipfile(tmp_path / "target")
+    umask = os.umask(0o027)
+    try:
+        block.save(tmp_path / "new")
+    finally:
+        os.umask(umask)
+    assert os.stat(tmp_path / "new").st_mode & 0o777 == 0o640
+    with pytest.raises(OSError, match="Not a regular file"):
+        block.save(os.devnull)
+    assert not os.path.isfile(os.devnull)
+
+
+# ---- stack
+
+
+def test_stack_is_the_blocks_one_after_another(dtype, same_bytes):
+    rng = np.random.default_rng(3)
+    x, shared = inputs(dtype)
+    mask = np.arange(7) < 5
+    for count in (1, 2, 3, 4, 5):
+        stack = make_stack(dtype, count=count)
+        own = [rng.standard_normal((7, 7)).astype(dtype) for _ in range(count)]
+        mixed = [weights if index % 2 else None for index, weights in enumerate(own)]
+        batched = rng.standard_normal((2, 7, 7)).astype(dtype)
+        for weights, rule in [
+            (None, {}), (None, {"causal": True}), (None, {"key_mask": mask}), (None, {"causal": True, "key_mask": mask}),
+            (shared, {}), (batched, {}), (own, {}), (tuple(own), {}), (mixed, {}), ([None] * count, {"causal": True}),
+        ]:  # fmt: skip
+            expected = x
+            for index, block in enumerate(stack):
+                one = weights[index] if isinstance(weights, (list, tuple)) else weights
+                expected = block(expected, one, **rule)
+            unchanged = x.copy()
+            same_bytes(stack(x, weights, **rule), expected, f"{count} blocks")
+            same_bytes(x, unchanged, "input")
+            out = np.empty_like(x)
+            assert stack(x, weights, out=out, **rule) is out
+            same_bytes(out, expected, f"{count} blocks with out")
+            assert stack(unchanged, weights, out=unchanged, **rule) is unchanged
+            same_bytes(unchanged, expected, f"{count} blocks in place")
+
+
+def test_stack_against_the_reference(dtype, same_bytes):
+    x, weights = inputs(dtype)
+    stack = make_stack(dtype)
+    by_reference = {"given": x, "own": x}
+    for seed in range(3):
+        parameters = make_parameters(dtype, seed=seed)
+        feed_forward = {name: parameters[name] for name in ("w1", "b1", "w2", "b2")}
+        by_reference["given"] = reference.block(by_reference["given"], **feed_forward, weights=weights)
+        by_reference["own"] = reference.block(by_reference["own"], **parameters)
+    same_bytes(stack(x, weights), by_reference["given"])
+    same_bytes(stack(x), by_reference["own"])
+
+
+def test_stack_allocates_two_arrays_at_most(monkeypatch):
+    """Blocks take turns with two buffers, however many there are."""
+    results = []
+
+    class Watched(fastblock.Block):
+        def __call__(self, *args, **kwargs):
+            results.append(super().__call__(*args, **kwargs))
+            return results[-1]
+
+    x, weights = inputs("f4")
+    Stack = fastblock.Stack
+    stack = Stack(Watched(**make_parameters("f4", seed=seed)) for seed in range(6))
+    stack(x, weights)
+    assert len({id(array) for array in results}) == 2
+
+
+def test_stack_is_a_sequence(same_bytes):
+    stack = make_stack()
+    assert len(stack) == 3
+    assert list(stack) == [stack[0], stack[1], stack[2]]
+    assert stack[-1] is stack[2] and stack.index(stack[1]) == 1 and stack[0] in stack
+    assert isinstance(stack[1:], fastblock.Stack) and list(stack[1:]) == [stack[1], stack[2]]
+    assert (stack.dtype, stack.features) == (np.dtype("f4"), 5)
+    with pytest.raises(IndexError):
+        stack[3]
+    with pytest.raises(ValueError, match="at least one block"):
+        stack[3:]
+    with pytest.raises(TypeError):
+        stack[0] = stack[1]
+
+
+def test_stack_refuses_what_does_not_fit():
+    block = make_stack()[0]
+    with pytest.raises(ValueError, match="^blocks: expected at least one block, got none$"):
+        fastblock.Stack([])
+    with pytest.raises(TypeError, match=r"^blocks\[1\]: expected a Block, got function$"):
+        fastblock.Stack([block, make_stack])
+    with pytest.raises(TypeError):
+        fastblock.Stack(block)
+    with pytest.raises(TypeError, match=r"^blocks\[1\]: expected dtype float32 \(as blocks\[0\]\), got float64$"):
+        fastblock.Stack([block, make_stack("f8")[0]])
+    other = fastblock.Block(np.ones((9, 4), "f4"), None, np.ones((4, 9), "f4"), None)
+    with pytest.raises(ValueError, match=r"^blocks\[2\]: expected features 5 \(as blocks\[0\]\), got 4$"):
+        fastblock.Stack([block, block, other])
+
+    x, weights = inputs("f4")
+    stack = make_stack()
+    for wrong in ([], [weights], [weights] * 4, ()):
+        with pytest.raises(ValueError, match=f"^weights: expected one for each of the 3 blocks, got {len(wrong)}$"):
+            stack(x, wrong)
+    out = np.full_like(x, 7)
+    with pytest.raises(ValueError, match="weights: expected shape .*") as caught:
+        stack(x, [weights, weights[:, :6], weights], out=out)
+    assert caught.value.__notes__ == ["in block 1 of the stack"]
+    assert (out == 7).all()
