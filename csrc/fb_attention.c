@@ -77,7 +77,7 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
         count[r] = seen;
     }
     fb_matmul(k, fb_at(t->q, (b * t->positions + i) * width, size), width, rows, &t->packed[b], 0, seen, NULL, 0, scores,
-              t->scores_row);
+              t->scores_row, NULL);
     if (allowed == t->positions) {
         k->softmax(scores, t->scores_row, out, t->positions, rows, t->positions, count, ends, t->scale);
         return;
@@ -125,11 +125,12 @@ fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const v
         fb_fp_mode mode = fb_fp_enter();
         memset(t.packed, 0, (size_t)batch * sizeof *t.packed);
         /* 1. queries and keys */
-        fb_project_rows(k, x, rows, &params->w_q, params->b_q, 0, t.q);
-        fb_project_rows(k, x, rows, &params->w_k, params->b_k, 0, t.keys);
+        status = fb_project_rows(k, x, rows, &params->w_q, params->b_q, 0, t.q);
+        if (status == FB_OK)
+            status = fb_project_rows(k, x, rows, &params->w_k, params->b_k, 0, t.keys);
         /* 2. the allowed keys, packed */
-        fb_parallel(pack_part, &t, (int)fb_min(parts, batch));
-        status = FB_OK;
+        if (status == FB_OK)
+            fb_parallel(pack_part, &t, (int)fb_min(parts, batch));
         for (int part = 0; part < parts; part++)
             status = part_status[part] ? part_status[part] : status;
         /* 3., 4. scores and softmax */

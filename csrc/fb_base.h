@@ -33,6 +33,7 @@
 #define FB_UNROLL_K
 #define FB_PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 #define FB_PREFETCH_L2(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
+#define FB_PREFETCH_WRITE(p) FB_PREFETCH(p)
 #else
 #define FB_INLINE static inline __attribute__((always_inline))
 #define FB_NOINLINE static __attribute__((noinline))
@@ -44,6 +45,7 @@
 #define FB_UNROLL_K _Pragma("GCC unroll 4")
 #define FB_PREFETCH(p) __builtin_prefetch((p), 0, 3)
 #define FB_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
+#define FB_PREFETCH_WRITE(p) __builtin_prefetch((p), 1, 3)
 #endif
 
 /* Threads are POSIX threads. */

@@ -1,16 +1,14 @@
 /* fb_feed_forward.c - down_project(up_project(x)), fused: the hidden activations exist one tile at a time.
  *
- * A tile is at most TILE_ROWS positions x 256 hidden units; 256 is the block of the chain, so each tile gives exactly
+ * A tile is at most FB_TILE positions x 256 hidden units; 256 is the block of the chain, so each tile gives exactly
  * one block sum of the down-projection, which is added to the totals in out. The down-projection skips the units that
  * ReLU made zero. Many rows are cut among the threads; few rows are cut by columns, with all hidden activations of
  * these few rows (at most FEW_HIDDEN bytes a thread) between the two layers.
  */
 #include "fb_kernels.h"
 
-enum {
-    TILE_ROWS = 96,       /* hidden tile 104 KB + lists 52 KB + sums 48 KB in float32: in a 512 KB L2 with x and weights */
-    FEW_HIDDEN = 1 << 20,
-};
+/* A tile in float32: hidden activations 104 KB, lists 52 KB, sums 48 KB, in a 512 KB L2 with its rows of x and out. */
+enum { FEW_HIDDEN = 1 << 20 };
 
 typedef struct feed_forward {
     const struct fb_kernels *k;
@@ -27,7 +25,8 @@ typedef struct feed_forward {
 static void up(const feed_forward *t, const void *x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
 {
     const void *b1 = t->params->b1;
-    fb_matmul(t->k, x, t->x_row, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, 1, h, FB_LIST_ROW);
+    fb_matmul(t->k, x, t->x_row, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, 1, h,
+              FB_LIST_ROW, NULL);
 }
 
 /* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with b2 */
@@ -46,6 +45,8 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
         .bias = t->params->b2 ? fb_at(t->params->b2, first, k->size) : NULL,
         .c = fb_at(out, first, k->size),
         .c_row = w2->n,
+        .t = fb_at(out, first, k->size),
+        .t_row = w2->n,
         .rows = rows,
         .cols = cols,
         .depth = depth,
@@ -57,7 +58,7 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
 ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows)
 {
     (void)params;
-    rows = fb_min(TILE_ROWS, rows);
+    rows = fb_min(FB_TILE, rows);
     return rows * FB_LIST_ROW * k->size + fb_skip_workspace(k, rows, 1);
 }
 
@@ -67,7 +68,7 @@ void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, c
     const feed_forward t = {.k = k, .params = params, .x_row = x_row};
     const ptrdiff_t hidden = params->w1.n, features = params->w2.n;
     for (ptrdiff_t i = 0, tile; i < rows; i += tile) {
-        tile = fb_min(TILE_ROWS, rows - i);
+        tile = fb_min(FB_TILE, rows - i);
         ptrdiff_t f = 0;
         do { /* one tile at least: without hidden units out is the bias */
             up(&t, fb_at(x, i * x_row, k->size), tile, f, fb_min(FB_BLOCK, hidden - f), workspace);

@@ -19,18 +19,19 @@ enum {
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 6 panels of B are 24 KB, at home in L1 */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
     FB_STACK_BYTES = 16384, /* workspaces up to this size are on the stack */
+    FB_TILE = 96,        /* rows of a tile that stays in L2 from one kernel to the next */
     FB_LIST_ROW = FB_BLOCK + 16, /* an odd number of cache lines: rows do not all fall into the same cache sets */
     FB_SUMS_BYTES = 8 * FB_PANEL_BYTES, /* a row of a group of panels, the widest of all tiers */
 };
 
 /* One block of k of a matrix product, C (rows x cols) from A (rows x depth) and B (depth x cols):
- *     s = chain of fma over k;  t = first ? s : C + s;  C = last ? finish(t, bias) [then relu] : t
- * A[i,k] = a[i*a_row + k];  B[k, j] = b[(j / panel)*b_panel + k*b_k + j % panel];  C[i,j] = c[i*c_row + j].
- * B is read in whole panels, bias in whole panels too; C is written in cols columns only. */
+ *     s = chain of fma over k;  t = first ? s : T + s;  last ? C = finish(t, bias) [then relu] : T = t
+ * A[i,k] = a[i*a_row + k];  B[k, j] = b[(j / panel)*b_panel + k*b_k + j % panel];  C[i,j] = c[i*c_row + j], T likewise.
+ * T, the totals of the blocks so far, may be C. B and bias are read in whole panels, C and T have cols columns. */
 typedef struct fb_product {
     const void *a, *b, *bias; /* bias NULL: +0.0 */
-    void *c;
-    ptrdiff_t a_row, b_k, b_panel, c_row; /* in elements */
+    void *c, *t;
+    ptrdiff_t a_row, b_k, b_panel, c_row, t_row; /* in elements */
     ptrdiff_t rows, cols, depth;          /* depth <= FB_BLOCK */
     int first, last, relu;
     int skip; /* B is finite: k where a whole row tile of A is zero, at either end of the block, may be left out */
@@ -81,12 +82,13 @@ void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_
                          void *panels);
 
 /* fb_matmul.c: C (rows x cols) = finish(A B, bias) [then relu] where B is columns first_col .. first_col + cols of a
- * packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread. */
+ * packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread. totals: scratch for
+ * FB_TILE x FB_LIST_ROW elements, or NULL if C itself is a good place for them. */
 void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
-               ptrdiff_t first_col, ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row);
+               ptrdiff_t first_col, ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals);
 /* The same for all columns, on all threads: C has b->n columns. */
-void fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w, const void *bias,
-                     int relu, void *out);
+fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
+                          const void *bias, int relu, void *out);
 /* One block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. in_place: A may be
  * destroyed, and its a_row is FB_LIST_ROW. workspace: fb_skip_workspace(k, rows, in_place) bytes, 64-byte aligned. */
 ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, int in_place);

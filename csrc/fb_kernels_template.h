@@ -38,16 +38,29 @@ FB_INLINE void FN(store_first)(REAL *p, VEC v, ptrdiff_t n)
 
 /* ---- product: one block of k of a matrix product (reference.chain256, finish, relu) */
 
-/* What becomes of the block sums s of a tile: added to C, finished if they are the last (reference.finish, relu). */
-FB_INLINE void FN(finish_tile)(const int rows, const int vecs, const fb_product *g, VEC *s, const REAL *bias, REAL *c,
-                               ptrdiff_t c_row)
+/* Where a tile finds the totals so far and puts the new ones, which after the last block are results. */
+typedef struct FN(place) {
+    const REAL *from;
+    REAL *to;
+    ptrdiff_t from_row, to_row;
+} FN(place);
+
+FB_INLINE FN(place) FN(place_at)(const fb_product *g, ptrdiff_t i, ptrdiff_t j)
+{
+    REAL *c = (REAL *)g->c + i * g->c_row + j, *t = (REAL *)g->t + i * g->t_row + j;
+    return (FN(place)){t, g->last ? c : t, g->t_row, g->last ? g->c_row : g->t_row};
+}
+
+/* What becomes of the block sums s of a tile: added to the totals, finished if they are the last (reference.finish). */
+FB_INLINE void FN(finish_tile)(const int rows, const int vecs, const fb_product *g, VEC *s, const REAL *bias,
+                               const FN(place) at)
 {
     if (!g->first) {
         FB_UNROLL
         for (int i = 0; i < rows; i++) {
             FB_UNROLL
             for (int j = 0; j < vecs; j++)
-                s[i * vecs + j] = V(add)(V(load)(c + i * c_row + j * LANES), s[i * vecs + j]);
+                s[i * vecs + j] = V(add)(V(load)(at.from + i * at.from_row + j * LANES), s[i * vecs + j]);
         }
     }
     if (g->last) {
@@ -73,7 +86,7 @@ FB_INLINE void FN(finish_tile)(const int rows, const int vecs, const fb_product 
     for (int i = 0; i < rows; i++) {
         FB_UNROLL
         for (int j = 0; j < vecs; j++)
-            V(store)(c + i * c_row + j * LANES, s[i * vecs + j]);
+            V(store)(at.to + i * at.to_row + j * LANES, s[i * vecs + j]);
     }
 }
 
@@ -97,7 +110,7 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrd
  * of A below it (L1) and its share of the next panels of B: `ahead` is its first line, `lines` its lines a strip (L2).
  * Measured at 128 x 768 -> 3072: 84 % of the FMA peak without, 95 % with the fetches. */
 FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, const REAL *a, const REAL *b,
-                        ptrdiff_t left, const REAL *bias, REAL *c, ptrdiff_t c_row, const char *ahead, ptrdiff_t lines)
+                        ptrdiff_t left, const REAL *bias, const FN(place) at, const char *ahead, ptrdiff_t lines)
 {
     enum { STRIP = FB_PANEL_BYTES / sizeof(REAL) }; /* one cache line of a row of A */
     const int vecs = panels * PANEL_VECS;
@@ -106,6 +119,9 @@ FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, c
     FB_UNROLL
     for (int i = 0; i < rows * vecs; i++)
         s[i] = V(zero)();
+    FB_UNROLL
+    for (int i = 0; i < rows; i++)
+        FB_PREFETCH_WRITE(at.to + i * at.to_row);
 
     for (; left >= STRIP; left -= STRIP) {
         FB_UNROLL
@@ -122,7 +138,15 @@ FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, c
     for (; left > 0; left--, a++, b += b_k)
         FN(tile_step)(rows, vecs, a, a_row, b, b_panel, s);
 
-    FN(finish_tile)(rows, vecs, g, s, bias, c, c_row);
+    FN(finish_tile)(rows, vecs, g, s, bias, at);
+}
+
+FB_INLINE void FN(copy_rows)(const int rows, ptrdiff_t n, const REAL *from, ptrdiff_t from_row, REAL *to,
+                             ptrdiff_t to_row)
+{
+    for (int i = 0; i < rows; i++)
+        for (ptrdiff_t j = 0; j < n; j++)
+            to[i * to_row + j] = from[i * from_row + j];
 }
 
 /* The tile at row i and panel p; returns the number of panels done. The last panel, where it is partly outside C,
@@ -134,26 +158,22 @@ FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, ptrdiff_t i
     const REAL *a = (const REAL *)g->a + i * g->a_row + range[0];
     const REAL *b = (const REAL *)g->b + p * g->b_panel + range[0] * g->b_k;
     const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;
-    REAL *c = (REAL *)g->c + i * g->c_row + p * PANEL;
+    const FN(place) at = FN(place_at)(g, i, p * PANEL);
     const ptrdiff_t left = g->cols - p * PANEL;
     const char *ahead = (const char *)(b + FB_TILE_PANELS(rows) * g->b_panel) + i / rows * 16 * lines * 64;
     if (FB_LIKELY(left >= FB_TILE_PANELS(rows) * PANEL)) {
-        FN(tile)(rows, FB_TILE_PANELS(rows), g, a, b, depth, bias, c, g->c_row, ahead, lines);
+        FN(tile)(rows, FB_TILE_PANELS(rows), g, a, b, depth, bias, at, ahead, lines);
         return FB_TILE_PANELS(rows);
     }
     if (FB_TILE_PANELS(rows) > 1 && left >= PANEL) {
-        FN(tile)(rows, 1, g, a, b, depth, bias, c, g->c_row, ahead, lines);
+        FN(tile)(rows, 1, g, a, b, depth, bias, at, ahead, lines);
         return 1;
     }
-    REAL scratch[FB_TILE_ROWS * FB_PANEL_BYTES / sizeof(REAL)];
-    if (!g->first) {
-        memset(scratch, 0, sizeof scratch);
-        for (int r = 0; r < rows; r++)
-            memcpy(scratch + r * PANEL, c + r * g->c_row, (size_t)left * sizeof(REAL));
-    }
-    FN(tile)(rows, 1, g, a, b, depth, bias, scratch, PANEL, ahead, 0);
-    for (int r = 0; r < rows; r++)
-        memcpy(c + r * g->c_row, scratch + r * PANEL, (size_t)left * sizeof(REAL));
+    REAL scratch[FB_TILE_ROWS * FB_PANEL_BYTES / sizeof(REAL)] = {0};
+    if (!g->first)
+        FN(copy_rows)(rows, left, at.from, at.from_row, scratch, PANEL);
+    FN(tile)(rows, 1, g, a, b, depth, bias, (FN(place)){scratch, scratch, PANEL, PANEL}, ahead, 0);
+    FN(copy_rows)(rows, left, scratch, PANEL, at.to, at.to_row);
     return 1;
 }
 
@@ -265,12 +285,21 @@ FB_INLINE void FN(sparse_row)(const int panels, const fb_product *g, const fb_no
                               ptrdiff_t i, ptrdiff_t p, REAL *sums, const int first, const int last)
 {
     const int vecs = panels * PANEL_VECS;
-    const ptrdiff_t n = list->count[slice * g->rows + i], at = i * FB_LIST_ROW + slice * list->slice;
-    const REAL *value = (const REAL *)list->value + at;
-    const uint16_t *offset = list->offset + at;
+    const ptrdiff_t n = list->count[slice * g->rows + i], start = i * FB_LIST_ROW + slice * list->slice;
+    const REAL *value = (const REAL *)list->value + start;
+    const uint16_t *offset = list->offset + start;
     const char *b = (const char *)((const REAL *)g->b + p * g->b_panel);
     const ptrdiff_t b_panel = g->b_panel;
     VEC s[FB_TILE_VECS];
+    FB_PREFETCH(value + FB_LIST_ROW);
+    FB_PREFETCH(value + FB_LIST_ROW + PANEL);
+    FB_PREFETCH(offset + FB_LIST_ROW);
+    if (last) {
+        const FN(place) below = FN(place_at)(g, i + 1, p * PANEL);
+        FB_UNROLL
+        for (int j = 0; j < panels; j++)
+            FB_PREFETCH_WRITE(below.to + j * PANEL);
+    }
     FB_UNROLL
     for (int j = 0; j < vecs; j++)
         s[j] = first ? V(zero)() : V(load)(sums + j * LANES);
@@ -288,17 +317,17 @@ FB_INLINE void FN(sparse_row)(const int panels, const fb_product *g, const fb_no
         return;
     }
     const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;
-    REAL *c = (REAL *)g->c + i * g->c_row + p * PANEL;
+    const FN(place) at = FN(place_at)(g, i, p * PANEL);
     const ptrdiff_t left = g->cols - p * PANEL;
     if (FB_LIKELY(left >= panels * PANEL)) {
-        FN(finish_tile)(1, vecs, g, s, bias, c, 0);
+        FN(finish_tile)(1, vecs, g, s, bias, at);
         return;
     }
     REAL scratch[FB_TILE_PANELS(1) * FB_PANEL_BYTES / sizeof(REAL)] = {0};
     if (!g->first)
-        memcpy(scratch, c, (size_t)left * sizeof(REAL));
-    FN(finish_tile)(1, vecs, g, s, bias, scratch, 0);
-    memcpy(c, scratch, (size_t)left * sizeof(REAL));
+        FN(copy_rows)(1, left, at.from, 0, scratch, 0);
+    FN(finish_tile)(1, vecs, g, s, bias, (FN(place)){scratch, scratch, 0, 0});
+    FN(copy_rows)(1, left, scratch, 0, at.to, 0);
 }
 
 /* A group of panels x a slice of k of B is 24 KB, at home in L1 for all rows; the next one is fetched to L2 in passing. */

@@ -35,20 +35,22 @@ FB_INLINE double fb_add_odd(double a, double b)
         u += (e > 0) == (s > 0) ? 1 : (uint64_t)-1;
     return fb_from_bits64(u);
 }
-FB_INLINE float fb_fma_f32(float a, float b, float c)
-{
 #ifdef __FP_FAST_FMAF
-    return __builtin_fmaf(a, b, c);
+FB_INLINE float fb_fma_f32(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
+FB_NOINLINE float fb_fma_f32(float a, float b, float c) /* inlined, its copies take gcc 12 a minute */
+{
     double product = (double)a * b; /* exact: 48 bits */
     double sum = product + c;
     if (!(fabs(sum) < HUGE_VAL)) /* an infinity or NaN has no error term */
         return (float)sum;
     return (float)fb_add_odd(product, c); /* the one rounding that counts */
-#endif
 }
+#endif
 
-#ifndef __FP_FAST_FMA
+#ifdef __FP_FAST_FMA
+FB_INLINE double fb_fma_f64(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
 /* x + y + z rounded once (Boldo and Melquiond 2008), in pieces: the head and the odd-rounded rest. */
 FB_INLINE double fb_sum3(double x, double y, double z, double *rest)
 {
@@ -95,18 +97,14 @@ FB_NOINLINE double fb_fma_f64_scaled(double a, double b, double c)
 }
 /* |x| in [2**-400, 2**400]: no step of the unscaled algorithm can overflow or underflow. */
 FB_INLINE int fb_tame(double x) { return ((fb_bits64(x) >> 52 & 0x7ff) - 623) <= 800; }
-#endif
-FB_INLINE double fb_fma_f64(double a, double b, double c)
+FB_NOINLINE double fb_fma_f64(double a, double b, double c)
 {
-#ifdef __FP_FAST_FMA
-    return __builtin_fma(a, b, c);
-#else
     if (!fb_tame(a) || !fb_tame(b) || !fb_tame(c))
         return fb_fma_f64_scaled(a, b, c);
     double ul, z, uh = fb_two_product(a, b, &ul), vh = fb_sum3(uh, c, ul, &z);
     return vh + z;
-#endif
 }
+#endif
 
 /* ---- float32 */
 #define FB_F32_LANES 4

@@ -9,6 +9,7 @@ import operator
 import os
 import platform
 
+cimport cython
 cimport numpy as cnp
 
 import numpy as np
@@ -184,6 +185,7 @@ cdef pack_bias(cnp.ndarray bias, void **out):
         raise MemoryError(f"a packed bias of shape {shape_of(bias)} cannot be allocated")
 
 
+@cython.auto_pickle(False)
 cdef class Packed:
     """Owns packed parameters."""
     cdef fb_params params
@@ -296,17 +298,27 @@ cdef tuple mixing_arguments(object weights, cnp.ndarray x, object out):
     a_lead, x_lead = shape_of(a)[:-2], shape[:-2]
     lead = x_lead
     if a_lead != x_lead:
-        try:
-            lead = np.broadcast_shapes(a_lead, x_lead)
-        except ValueError:
+        lead = broadcast_lead(a_lead, x_lead)
+        if lead is None:
             raise ValueError(f"weights: expected leading dimensions that broadcast with {x_lead} of x, "
-                             f"got shape {shape_of(a)}") from None
+                             f"got shape {shape_of(a)}")
+        check_size(lead + shape[-2:], cnp.PyArray_ITEMSIZE(x))
         if a_lead and a_lead != lead:
             a = np.broadcast_to(a, lead + shape_of(a)[-2:])
         if x_lead and x_lead != lead:
             x = np.broadcast_to(x, lead + shape[-2:])
     out = check_out(out, lead + shape[-2:], x, "x")
     return contiguous(a), contiguous(x), out
+
+
+cdef tuple broadcast_lead(tuple a, tuple b):
+    """The shape that shapes a and b broadcast to, or None. (numpy.broadcast_shapes takes a product that overflows for
+    a mismatch.)"""
+    n = max(len(a), len(b))
+    pairs = list(zip((1,) * (n - len(a)) + a, (1,) * (n - len(b)) + b))
+    if any(i != j and i != 1 and j != 1 for i, j in pairs):
+        return None
+    return tuple([i if j == 1 else j for i, j in pairs])
 
 
 cdef Py_ssize_t batch_of(cnp.ndarray a):
@@ -338,7 +350,7 @@ cdef cnp.ndarray check_key_mask(object key_mask, cnp.ndarray x):
         try:
             key_mask = np.broadcast_to(key_mask, shape)
         except ValueError:
-            raise wrong_shape("key_mask", f"one that broadcasts to {shape}", key_mask) from None
+            raise ValueError(f"key_mask: expected a shape that broadcasts to {shape}, got {key_mask.shape}") from None
     return contiguous(key_mask)
 
 
@@ -722,6 +734,7 @@ def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask
 
 # ---- the block
 
+@cython.auto_pickle(False)
 cdef class PackedBlock(Packed):
     """Parameters of a block, checked, copied and packed once; `fastblock.Block` is its public face."""
 

@@ -69,6 +69,7 @@ def test_wheel(distributions):
                 "fastblock/_core.pxd",
                 "fastblock/_core.pyi",
                 "fastblock/_files.py",
+                "fastblock/_threadpool.py",
                 "fastblock/block.py",
                 "fastblock/py.typed",
                 "fastblock/reference.py",
