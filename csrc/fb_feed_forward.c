@@ -21,10 +21,11 @@ typedef struct feed_forward {
     ptrdiff_t workspace_part;
 } feed_forward;
 
-/* h (rows x n, FB_LIST_ROW apart) = up_project of hidden units f .. f + n */
+/* h (rows x n, FB_LIST_ROW apart) = up_project of hidden units f .. f + n, and of the padding up to whole panels */
 static void up(const feed_forward *t, const void *x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
 {
     const void *b1 = t->params->b1;
+    n = fb_round_up(n, t->k->panel);
     fb_matmul(t->k, x, t->x_row, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, 1, h,
               FB_LIST_ROW, NULL);
 }

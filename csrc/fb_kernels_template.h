@@ -203,9 +203,11 @@ static void FN(product)(const fb_product *g)
     const ptrdiff_t tiles = (g->rows + FB_TILE_ROWS - 1) / FB_TILE_ROWS;
     if (tiles == 0)
         return;
-    const ptrdiff_t fewest = g->rows / tiles, longer_until = g->rows % tiles * (fewest + 1);
+    const ptrdiff_t fewest = tiles == 1 ? g->rows : g->rows / tiles;
+    const ptrdiff_t longer_until = (g->rows - tiles * fewest) * (fewest + 1);
     const ptrdiff_t group = FB_TILE_PANELS(fewest);
-    const ptrdiff_t lines = (16 + tiles - 1) / tiles; /* a strip's share of the 256 lines of the next panel */
+    /* a strip's share of the 256 lines of the next panel */
+    const ptrdiff_t lines = tiles == 1 ? 16 : (16 + tiles - 1) / tiles;
     const int16_t whole[2] = {0, (int16_t)g->depth};
     int16_t range[FB_ROWS][2];
     ptrdiff_t rows;

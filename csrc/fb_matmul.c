@@ -5,6 +5,8 @@
  */
 #include "fb_kernels.h"
 
+#include <string.h>
+
 /* Nonzeros in the span of a tile from which on the dense tile is faster (see fb_feed_forward.c for the figures). */
 static const double DENSE = 0.85;
 /* Multiply-adds of a product below which looking for zeros costs more than it gives. */
@@ -145,40 +147,69 @@ fb_status fb_project(fb_dtype dtype, const void *x, ptrdiff_t rows, const fb_pan
     return status;
 }
 
-/* ---- mix_positions: x is packed here, 256 positions and MIX_COLUMNS features at a time */
+/* ---- mix_positions */
 
 ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t positions, ptrdiff_t features)
 {
     const ptrdiff_t cols = fb_round_up(fb_min(MIX_COLUMNS, features), k->panel);
-    return fb_min(FB_BLOCK, positions) * cols * k->size + fb_skip_workspace(k, fb_min(FB_ROWS, rows), 0);
+    return (fb_min(FB_BLOCK, positions) * cols + k->panel) * k->size + fb_skip_workspace(k, fb_min(FB_ROWS, rows), 0);
+}
+
+/* Columns j .. j + cols of g->depth positions as an operand B, returned in b, b_k and b_panel of g; returns whether its
+ * zeros may be skipped: it is packed and finite. A small product reads x as it is, if it is whole panels wide, or one
+ * narrow panel (copied, for the kernel reads beyond its last row). Columns beyond cols may then hold anything. */
+static int mixing_operand(const struct fb_kernels *k, const void *x, ptrdiff_t features, ptrdiff_t j, ptrdiff_t cols,
+                          void *packed, fb_product *g)
+{
+    const ptrdiff_t size = k->size;
+    const int small = (double)g->rows * (double)g->depth * (double)cols < SKIP_WORK;
+    g->b = packed;
+    g->b_k = features;
+    if (small && features <= k->panel) {
+        memcpy(packed, x, (size_t)(g->depth * features * size));
+        memset(fb_at(packed, g->depth * features, size), 0, FB_PANEL_BYTES);
+        return 0;
+    }
+    if (small && features % k->panel == 0) {
+        g->b = fb_at(x, j, size);
+        g->b_panel = k->panel;
+        return 0;
+    }
+    fb_panels_from_rows(k, fb_at(x, j, size), features, g->depth, cols, packed);
+    g->b_k = k->panel;
+    g->b_panel = g->depth * k->panel;
+    return !small && k->all_finite(packed, g->depth * fb_round_up(cols, k->panel));
 }
 
 void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
                  ptrdiff_t positions, ptrdiff_t features, void *out, ptrdiff_t out_row, void *workspace)
 {
+    const ptrdiff_t size = k->size, packed = fb_mix_workspace(k, 0, positions, features);
+    /* an out_row of whole panels has room for the columns beyond the last */
+    const ptrdiff_t width = fb_min(fb_round_up(features, k->panel), out_row);
     for (ptrdiff_t j = 0; j < features; j += MIX_COLUMNS) {
-        const ptrdiff_t cols = fb_min(MIX_COLUMNS, features - j), padded = fb_round_up(cols, k->panel);
+        const ptrdiff_t cols = fb_min(MIX_COLUMNS, features - j);
         for (ptrdiff_t k0 = 0; k0 < positions; k0 += FB_BLOCK) {
-            const ptrdiff_t depth = fb_min(FB_BLOCK, positions - k0);
-            fb_panels_from_rows(k, fb_at(x, k0 * features + j, k->size), features, depth, cols, workspace);
-            const int finite = k->all_finite(workspace, depth * padded);
-            for (ptrdiff_t i = 0; i < rows; i += FB_ROWS)
-                fb_product_skipping(k, &(fb_product){
-                    .a = fb_at(weights, i * weights_row + k0, k->size),
-                    .a_row = weights_row,
-                    .b = workspace,
-                    .b_k = k->panel,
-                    .b_panel = depth * k->panel,
-                    .c = fb_at(out, i * out_row + j, k->size),
-                    .c_row = out_row,
-                    .t = fb_at(out, i * out_row + j, k->size),
-                    .t_row = out_row,
-                    .rows = fb_min(FB_ROWS, rows - i),
-                    .cols = cols,
-                    .depth = depth,
-                    .first = k0 == 0,
-                    .last = k0 + depth == positions,
-                }, finite, 0, fb_at(workspace, depth * padded, k->size));
+            fb_product g = {
+                .a = fb_at(weights, k0, size),
+                .a_row = weights_row,
+                .c = fb_at(out, j, size),
+                .c_row = out_row,
+                .t = fb_at(out, j, size),
+                .t_row = out_row,
+                .rows = rows,
+                .cols = fb_min(MIX_COLUMNS, width - j),
+                .depth = fb_min(FB_BLOCK, positions - k0),
+                .first = k0 == 0,
+                .last = k0 + FB_BLOCK >= positions,
+            };
+            const int finite = mixing_operand(k, fb_at(x, k0 * features, size), features, j, cols, workspace, &g);
+            for (ptrdiff_t i = 0; i < rows; i += FB_ROWS) {
+                g.rows = fb_min(FB_ROWS, rows - i);
+                fb_product_skipping(k, &g, finite, 0, (char *)workspace + packed);
+                g.a = fb_at(g.a, FB_ROWS * weights_row, size);
+                g.c = g.t = fb_at(g.c, FB_ROWS * out_row, size);
+            }
         }
     }
 }

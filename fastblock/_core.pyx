@@ -40,6 +40,11 @@ cdef enum:
 
 # ---- checks
 
+cdef inline bint is_plain(object a, int kind):
+    """Whether `a` is exactly an ndarray of this type that C can read as it is."""
+    return PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == kind and PyArray_ISCARRAY_RO(a)
+
+
 cdef cnp.ndarray as_array(object a, str name):
     """`a` as an ndarray of native float32 or float64; TypeError if it is anything else."""
     if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
@@ -764,23 +769,26 @@ cdef class PackedBlock(Packed):
 
     def __call__(self, x, weights=None, *, bint causal=False, key_mask=None, out=None):
         cdef cnp.npy_intp *dims
-        cdef fb_status status
         cdef Py_ssize_t positions
         cdef int kind = cnp.NPY_FLOAT32 if self.params.dtype == FB_F32 else cnp.NPY_FLOAT64
-        # The hot path of small blocks: one matrix of weights, everything directly usable, a new output.
-        if (out is None and key_mask is None and not causal and PyArray_CheckExact(x) and PyArray_CheckExact(weights)
-                and cnp.PyArray_TYPE(x) == kind and cnp.PyArray_TYPE(weights) == kind
-                and cnp.PyArray_NDIM(x) == 2 and cnp.PyArray_NDIM(weights) == 2
-                and PyArray_ISCARRAY_RO(x) and PyArray_ISCARRAY_RO(weights) and self.params.w1.data != NULL):
+        # The hot path of small blocks: one matrix of weights, everything directly usable.
+        if (key_mask is None and not causal and is_plain(x, kind) and is_plain(weights, kind)
+                and cnp.PyArray_NDIM(x) == 2 and cnp.PyArray_NDIM(weights) == 2 and self.params.w1.data != NULL):
             dims = cnp.PyArray_DIMS(x)
             positions = dims[0]
             if (dims[1] == self.params.w1.k and cnp.PyArray_DIM(weights, 0) == positions
                     and cnp.PyArray_DIM(weights, 1) == positions
                     and positions * (positions + 2 * self.params.w1.n) * dims[1] <= KEEP_GIL):
-                out = cnp.PyArray_EMPTY(2, dims, kind, 0)
-                status = fb_block(&self.params, 1, cnp.PyArray_DATA(x), 0, positions, cnp.PyArray_DATA(weights), 0,
-                                  0, NULL, cnp.PyArray_DATA(out))
-                return deliver(status, out, out)
+                if out is None:
+                    out = cnp.PyArray_SimpleNew(2, dims, kind)
+                elif not (is_plain(out, kind) and PyArray_ISCARRAY(out) and cnp.PyArray_NDIM(out) == 2
+                          and cnp.PyArray_DIM(out, 0) == positions and cnp.PyArray_DIM(out, 1) == dims[1]
+                          and not overlap(out, x) and not overlap(out, weights)):
+                    return run_block(&self.params, x, weights, False, None, out)
+                if fb_block(&self.params, 1, cnp.PyArray_DATA(x), 0, positions, cnp.PyArray_DATA(weights), 0, 0, NULL,
+                            cnp.PyArray_DATA(out)):
+                    raise MemoryError("the workspace of the operation cannot be allocated")
+                return out
         self.check_ready()
         return run_block(&self.params, x, weights, causal, key_mask, out)
 
