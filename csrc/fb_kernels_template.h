@@ -394,60 +394,83 @@ static int FN(all_finite)(const void *x_, ptrdiff_t n)
     return 1;
 }
 
-/* reference.exp */
-#if FB_BITS == 32
-/* In binary64: e**x = 2**n * p(r), r = x - n ln 2, |r| <= ln(2)/2, p of degree 10. The value before the last rounding
- * is close enough to e**x that the float32 is the nearest one for all 2**32 inputs (tests/test_exp.py). */
-FB_INLINE fb_f64_vec FN(exp_half)(fb_f64_vec z)
+/* ---- exp: reference.exp of n float64 vectors side by side, so that a constant is loaded once for all of them and no
+ * step waits for the one before. The float32 exp is computed in float64 as well: shorter, because only its last rounding
+ * must come out right; that it does for all 2**32 inputs is tested (tests/test_exp.py). */
+#define FB_EACH_VEC                                                                                                   \
+    FB_UNROLL                                                                                                         \
+    for (int i = 0; i < n; i++)
+
+/* x = 2**n * e**r, |r| <= ln(2)/2: returns r_high and r in place of x, and t = n + 1.5 * 2**52 */
+FB_INLINE void FN(exp_reduce)(const int n, const double low, const double high, fb_f64_vec *x, fb_f64_vec *r,
+                              fb_f64_vec *t)
 {
-    static const double lo = -150, hi = 130, round = 0x1.8p52, one = 1; /* beyond lo and hi: 0 and infinity */
-    static const double inv_ln2 = 0x1.71547652b82fep+0, ln2_high = -0x1.62e42fefa38p-1, ln2_low = -0x1.ef35793c7673p-45;
+    static const double round = 0x1.8p52, inv_ln2 = 0x1.71547652b82fep+0;
+    static const double ln2_high = -0x1.62e42fefa38p-1, ln2_low = -0x1.ef35793c7673p-45;
+    FB_EACH_VEC x[i] = fb_f64_min(fb_f64_splat(&high), fb_f64_max(fb_f64_splat(&low), x[i]));
+    FB_EACH_VEC t[i] = fb_f64_fma(x[i], fb_f64_splat(&inv_ln2), fb_f64_splat(&round));
+    FB_EACH_VEC r[i] = fb_f64_sub(t[i], fb_f64_splat(&round));
+    FB_EACH_VEC x[i] = fb_f64_fma(r[i], fb_f64_splat(&ln2_high), x[i]);
+    FB_EACH_VEC r[i] = fb_f64_fma(r[i], fb_f64_splat(&ln2_low), x[i]);
+}
+
+/* The polynomial with coefficients q, highest power first */
+FB_INLINE void FN(exp_polynomial)(const int n, const double *q, const int terms, const fb_f64_vec *r, fb_f64_vec *s)
+{
+    FB_EACH_VEC s[i] = fb_f64_splat(&q[0]);
+    FB_UNROLL
+    for (int j = 1; j < terms; j++)
+        FB_EACH_VEC s[i] = fb_f64_fma(s[i], r[i], fb_f64_splat(&q[j]));
+}
+
+#if FB_BITS == 32
+FB_INLINE void FN(exp_vecs)(const int vecs, VEC *v)
+{
+    static const double one = 1;
     static const double q[] = {0x1.2880411bad1aap-22, 0x1.72c72ca338df0p-19, 0x1.a019c9a5652d3p-16,
                                0x1.a019ada3609f3p-13, 0x1.6c16c1738ff55p-10, 0x1.1111111c478ebp-7,
                                0x1.5555555554cb7p-5,  0x1.5555555553b78p-3,  0x1p-1};
-    z = fb_f64_min(fb_f64_splat(&hi), fb_f64_max(fb_f64_splat(&lo), z));
-    fb_f64_vec t = fb_f64_fma(z, fb_f64_splat(&inv_ln2), fb_f64_splat(&round));
-    fb_f64_vec n = fb_f64_sub(t, fb_f64_splat(&round));
-    fb_f64_vec r = fb_f64_fma(n, fb_f64_splat(&ln2_low), fb_f64_fma(n, fb_f64_splat(&ln2_high), z));
-    fb_f64_vec s = fb_f64_splat(&q[0]);
+    enum { MOST = 4 };
+    const int n = 2 * vecs;
+    fb_f64_vec x[MOST], r[MOST], t[MOST], s[MOST];
     FB_UNROLL
-    for (int i = 1; i < (int)(sizeof q / sizeof *q); i++)
-        s = fb_f64_fma(s, r, fb_f64_splat(&q[i]));
-    fb_f64_vec p = fb_f64_add(fb_f64_splat(&one), fb_f64_fma(fb_f64_mul(r, r), s, r));
-    return fb_f64_mul(p, fb_f64_pow2(t));
-}
-FB_INLINE VEC FN(exp_vec)(VEC x)
-{
-    return V(narrow)(FN(exp_half)(V(widen_low)(x)), FN(exp_half)(V(widen_high)(x)));
+    for (int i = 0; i < vecs; i++) {
+        x[2 * i] = V(widen_low)(v[i]);
+        x[2 * i + 1] = V(widen_high)(v[i]);
+    }
+    FN(exp_reduce)(n, -150, 130, x, r, t); /* beyond these limits: 0 and infinity */
+    FN(exp_polynomial)(n, q, (int)(sizeof q / sizeof *q), r, s);
+    FB_EACH_VEC s[i] = fb_f64_fma(fb_f64_mul(r[i], r[i]), s[i], r[i]);
+    FB_EACH_VEC s[i] = fb_f64_add(fb_f64_splat(&one), s[i]);
+    FB_EACH_VEC s[i] = fb_f64_mul(s[i], fb_f64_pow2(t[i]));
+    FB_UNROLL
+    for (int i = 0; i < vecs; i++)
+        v[i] = V(narrow)(s[2 * i], s[2 * i + 1]);
 }
 #else
 /* Step for step reference._exp64. */
-FB_INLINE VEC FN(exp_vec)(VEC x)
+FB_INLINE void FN(exp_vecs)(const int n, VEC *x)
 {
-    static const double lo = -746, hi = 710, round = 0x1.8p52, one = 1, half = 0.5;
-    static const double inv_ln2 = 0x1.71547652b82fep+0, ln2_high = -0x1.62e42fefa38p-1, ln2_low = -0x1.ef35793c7673p-45;
+    static const double round = 0x1.8p52, one = 1, half = 0.5, ln2_low = -0x1.ef35793c7673p-45;
     static const double q[] = {0x1.1f66e5b718f3ep-29, 0x1.af38b4925be09p-26, 0x1.27e4e1f1e809dp-22,
                                0x1.71de0da9d06acp-19, 0x1.a01a01a47bb19p-16, 0x1.a01a01a7c54aep-13,
                                0x1.6c16c16c167e0p-10, 0x1.11111111109b2p-7,  0x1.5555555555555p-5,
                                0x1.5555555555556p-3,  0x1p-1};
-    VEC z = V(min)(V(splat)(&hi), V(max)(V(splat)(&lo), x));
-    VEC t = V(fma)(z, V(splat)(&inv_ln2), V(splat)(&round));
-    VEC n = V(sub)(t, V(splat)(&round));
-    VEC r_high = V(fma)(n, V(splat)(&ln2_high), z);
-    VEC r = V(fma)(n, V(splat)(&ln2_low), r_high);
-    VEC head = V(add)(V(splat)(&one), r_high);
-    VEC rest = V(fma)(n, V(splat)(&ln2_low), V(sub)(r_high, V(sub)(head, V(splat)(&one))));
-    VEC s = V(splat)(&q[0]);
-    FB_UNROLL
-    for (int i = 1; i < (int)(sizeof q / sizeof *q); i++)
-        s = V(fma)(s, r, V(splat)(&q[i]));
-    VEC p = V(add)(head, V(fma)(V(mul)(r, r), s, rest));
-    VEC t_first = V(fma)(n, V(splat)(&half), V(splat)(&round));
-    VEC n_first = V(sub)(t_first, V(splat)(&round));
-    VEC t_second = V(add)(V(sub)(n, n_first), V(splat)(&round));
-    return V(mul)(V(mul)(p, V(pow2)(t_first)), V(pow2)(t_second));
+    enum { MOST = 2 };
+    VEC r[MOST], t[MOST], s[MOST];
+    FN(exp_reduce)(n, -746, 710, x, r, t);
+    FN(exp_polynomial)(n, q, (int)(sizeof q / sizeof *q), r, s);
+    FB_EACH_VEC {
+        VEC whole = V(sub)(t[i], V(splat)(&round)), head = V(add)(V(splat)(&one), x[i]);
+        VEC rest = V(fma)(whole, V(splat)(&ln2_low), V(sub)(x[i], V(sub)(head, V(splat)(&one))));
+        VEC p = V(add)(head, V(fma)(V(mul)(r[i], r[i]), s[i], rest));
+        VEC t_first = V(fma)(whole, V(splat)(&half), V(splat)(&round));
+        VEC t_second = V(add)(V(sub)(whole, V(sub)(t_first, V(splat)(&round))), V(splat)(&round));
+        x[i] = V(mul)(V(mul)(p, V(pow2)(t_first)), V(pow2)(t_second));
+    }
 }
 #endif
+#undef FB_EACH_VEC
 
 static void FN(exp)(const void *x_, void *out_, ptrdiff_t n)
 {
@@ -455,7 +478,9 @@ static void FN(exp)(const void *x_, void *out_, ptrdiff_t n)
     REAL *out = out_;
     for (ptrdiff_t j = 0; j < n; j += LANES) {
         ptrdiff_t count = fb_min(LANES, n - j);
-        FN(store_first)(out + j, V(canonical)(FN(exp_vec)(FN(load_first)(x + j, count))), count);
+        VEC v = FN(load_first)(x + j, count);
+        FN(exp_vecs)(1, &v);
+        FN(store_first)(out + j, V(canonical)(v), count);
     }
 }
 
@@ -526,8 +551,13 @@ static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff
         for (int i = 0; i < chains; i++) {
             REAL *s_row = s + i * scores_row, m = FN(largest)(s_row, count[i0 + i]) * scale;
             const VEC max = V(splat)(&m), by = V(splat)(&scale);
-            for (ptrdiff_t j = 0; j < count[i0 + i]; j += LANES)
-                V(store)(s_row + j, FN(exp_vec)(V(sub)(V(mul)(V(load)(s_row + j), by), max)));
+            for (ptrdiff_t j = 0; j < count[i0 + i]; j += 2 * LANES) { /* the row has room for it */
+                VEC v[2] = {V(sub)(V(mul)(V(load)(s_row + j), by), max),
+                            V(sub)(V(mul)(V(load)(s_row + j + LANES), by), max)};
+                FN(exp_vecs)(2, v);
+                V(store)(s_row + j, v[0]);
+                V(store)(s_row + j + LANES, v[1]);
+            }
             for (ptrdiff_t j = count[i0 + i]; j < longest; j++)
                 s_row[j] = 0;
         }
