@@ -207,7 +207,7 @@ static void FN(product)(const fb_product *g)
     const ptrdiff_t longer_until = (g->rows - tiles * fewest) * (fewest + 1);
     const ptrdiff_t group = FB_TILE_PANELS(fewest);
     /* a strip's share of the 256 lines of the next panel */
-    const ptrdiff_t lines = tiles == 1 ? 16 : (16 + tiles - 1) / tiles;
+    const ptrdiff_t lines = group > 1 ? 0 : tiles == 1 ? 16 : (16 + tiles - 1) / tiles;
     const int16_t whole[2] = {0, (int16_t)g->depth};
     int16_t range[FB_ROWS][2];
     ptrdiff_t rows;
