@@ -496,6 +496,29 @@ static void FN(fma)(const void *a_, const void *b_, const void *c_, void *out_, 
     }
 }
 
+/* The FMA units at work, on registers only: `rounds` steps of as many independent chains as a tile has accumulators. */
+static double FN(fma_chains)(ptrdiff_t rounds, double *flops)
+{
+    const REAL factor = (REAL)1e-9, one = 1;
+    const VEC x = V(splat)(&factor), y = V(splat)(&one);
+    VEC s[FB_TILE_VECS];
+    REAL lane[LANES], sum = 0;
+    FB_UNROLL
+    for (int i = 0; i < FB_TILE_VECS; i++)
+        s[i] = V(splat)(&one);
+    for (ptrdiff_t r = 0; r < rounds; r++) {
+        FB_UNROLL
+        for (int i = 0; i < FB_TILE_VECS; i++)
+            s[i] = V(fma)(x, y, s[i]);
+    }
+    for (int i = 0; i < FB_TILE_VECS; i++) {
+        V(store)(lane, s[i]);
+        sum += lane[0];
+    }
+    *flops = 2.0 * LANES * FB_TILE_VECS * (double)rounds;
+    return (double)sum; /* keeps the compiler from dropping the work */
+}
+
 /* ---- softmax: the second half of reference.attention_weights
  *
  * Scaling by a positive number is monotone, so the maximum of the scaled scores is the scaled maximum. canonical() on
@@ -596,6 +619,7 @@ static const struct fb_kernels FN(kernels) = {
     .all_finite = FN(all_finite),
     .fma = FN(fma),
     .exp = FN(exp),
+    .fma_chains = FN(fma_chains),
 };
 
 #undef REAL

@@ -8,6 +8,7 @@ converted. `out` is written directly if it can be, else through a temporary arra
 import operator
 import os
 import platform
+import time
 
 cimport cython
 cimport numpy as cnp
@@ -1049,6 +1050,19 @@ def _exp(x):
     assert x.flags.c_contiguous
     fb_exp(dtype_of(x), cnp.PyArray_DATA(x), cnp.PyArray_DATA(out), x.size)
     return out
+
+
+def _peak(dtype, seconds=0.05):
+    """GFLOP/s of one core doing nothing but fused multiply-adds: the best of short runs within `seconds`."""
+    cdef fb_dtype kind = FB_F32 if np.dtype(dtype) == np.float32 else FB_F64
+    cdef double flops, best = 0
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        with nogil:
+            fb_fma_chains(kind, 20000, &flops)
+        best = max(best, flops / (time.perf_counter() - start) / 1e9)
+    return best
 
 
 _requested = os.environ.get("FASTBLOCK_NUM_THREADS")
