@@ -66,7 +66,6 @@ def test_wheel(distributions):
                 "fastblock/__init__.py",
                 "fastblock/__main__.py",
                 f"fastblock/_core{SUFFIX}",
-                "fastblock/_core.pxd",
                 "fastblock/_core.pyi",
                 "fastblock/_files.py",
                 "fastblock/_threadpool.py",
