@@ -29,11 +29,12 @@ static void rows_part(void *context, int part, int parts)
 {
     const block_task *t = context;
     const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = t->params->w1.k;
+    const ptrdiff_t tile = fb_even(t->positions, FB_ROWS);
     char *z = t->workspace + part * t->workspace_part;
-    void *workspace = fb_at(z, fb_min(FB_TILE, t->positions) * t->z_row, t->k->size);
+    void *workspace = fb_at(z, tile * t->z_row, t->k->size);
     ptrdiff_t row = total * part / parts, n;
     for (; row < end; row += n) {
-        n = fb_min(fb_min(FB_TILE, t->positions - row % t->positions), end - row);
+        n = fb_min(fb_min(tile, t->positions - row % t->positions), end - row);
         mix(t, row, n, z, workspace);
         fb_feed_forward_rows(t->k, t->params, z, t->z_row, n, fb_at(t->out, row * features, t->k->size), workspace);
     }
@@ -47,7 +48,7 @@ static fb_status mix_and_feed_forward(block_task *t)
     const ptrdiff_t features = params->w1.k, rows = t->batch * t->positions;
     const int parts = fb_parts((double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n),
                                fb_max(rows, params->w1.n / k->panel));
-    const ptrdiff_t tile = fb_min(FB_TILE, t->positions);
+    const ptrdiff_t tile = fb_even(t->positions, FB_ROWS);
     const ptrdiff_t mix_workspace = fb_mix_workspace(k, tile, t->positions, features);
     fb_status status = FB_OK;
     FB_SCRATCH(stack);

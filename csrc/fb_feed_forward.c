@@ -1,13 +1,12 @@
 /* fb_feed_forward.c - down_project(up_project(x)), fused: the hidden activations exist one tile at a time.
  *
- * A tile is at most FB_TILE positions x 256 hidden units; 256 is the block of the chain, so each tile gives exactly
+ * A tile is at most FB_ROWS positions x 256 hidden units; 256 is the block of the chain, so each tile gives exactly
  * one block sum of the down-projection, which is added to the totals in out. The down-projection skips the units that
  * ReLU made zero. Many rows are cut among the threads; few rows are cut by columns, with all hidden activations of
  * these few rows (at most FEW_HIDDEN bytes a thread) between the two layers.
  */
 #include "fb_kernels.h"
 
-/* A tile in float32: hidden activations 104 KB, lists 52 KB, sums 48 KB, in a 512 KB L2 with its rows of x and out. */
 enum { FEW_HIDDEN = 1 << 20 };
 
 typedef struct feed_forward {
@@ -59,7 +58,7 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
 ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows)
 {
     (void)params;
-    rows = fb_min(FB_TILE, rows);
+    rows = fb_min(FB_ROWS, rows);
     return rows * FB_LIST_ROW * k->size + fb_skip_workspace(k, rows, 1);
 }
 
@@ -68,8 +67,9 @@ void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, c
 {
     const feed_forward t = {.k = k, .params = params, .x_row = x_row};
     const ptrdiff_t hidden = params->w1.n, features = params->w2.n;
+    const ptrdiff_t even = fb_even(rows, FB_ROWS);
     for (ptrdiff_t i = 0, tile; i < rows; i += tile) {
-        tile = fb_min(FB_TILE, rows - i);
+        tile = fb_min(even, rows - i);
         ptrdiff_t f = 0;
         do { /* one tile at least: without hidden units out is the bias */
             up(&t, fb_at(x, i * x_row, k->size), tile, f, fb_min(FB_BLOCK, hidden - f), workspace);

@@ -15,11 +15,12 @@
 enum {
     FB_BLOCK = 256,      /* the contract's block of k, and the depth of one pass of the matmul kernel */
     FB_PANEL_BYTES = 64, /* a panel is 16 float or 8 double columns: one cache line a k, in every tier */
-    FB_ROWS = 192,       /* rows of A a product takes at most: 192 x 256 float are 192 KB, at home in a 512 KB L2 */
+    /* Rows of A in a product at most, and positions of a tile: 192 x 256 float are 192 KB, in a 512 KB L2. Measured at
+     * 128 and 512 x 768 -> 3072: 96 rows up to 13 % slower, for each tile reads all weights; 288 rows no faster. */
+    FB_ROWS = 192,
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 6 panels of B are 24 KB, at home in L1 */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
     FB_STACK_BYTES = 16384, /* workspaces up to this size are on the stack */
-    FB_TILE = 96,        /* rows of a tile that stays in L2 from one kernel to the next */
     FB_LIST_ROW = FB_BLOCK + 16, /* an odd number of cache lines: rows do not all fall into the same cache sets */
     FB_SUMS_BYTES = 8 * FB_PANEL_BYTES, /* a row of a group of panels, the widest of all tiers */
 };
@@ -85,7 +86,7 @@ void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_
 
 /* fb_matmul.c: C (rows x cols) = finish(A B, bias) [then relu] where B is columns first_col .. first_col + cols of a
  * packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread. totals: scratch for
- * FB_TILE x FB_LIST_ROW elements, or NULL if C itself is a good place for them. */
+ * FB_ROWS x FB_LIST_ROW elements, or NULL if C itself is a good place for them. */
 void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
                ptrdiff_t first_col, ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals);
 /* The same for all columns, on all threads: C has b->n columns. */
@@ -114,6 +115,12 @@ int fb_parts(double work, ptrdiff_t limit);
 
 FB_INLINE ptrdiff_t fb_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 FB_INLINE ptrdiff_t fb_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+/* n dealt out evenly in pieces of at most `most`: the size of a piece. */
+FB_INLINE ptrdiff_t fb_even(ptrdiff_t n, ptrdiff_t most)
+{
+    const ptrdiff_t pieces = (n + most - 1) / most;
+    return n <= most ? n : (n + pieces - 1) / pieces;
+}
 FB_INLINE ptrdiff_t fb_round_up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) / to * to; }
 FB_INLINE void *fb_at(const void *base, ptrdiff_t elements, ptrdiff_t size) { return (char *)base + elements * size; }
 

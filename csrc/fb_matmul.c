@@ -20,7 +20,7 @@ enum {
 void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
                ptrdiff_t first_col, ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals)
 {
-    const ptrdiff_t padded = fb_round_up(b->n, k->panel), step = totals ? FB_TILE : FB_ROWS;
+    const ptrdiff_t padded = fb_round_up(b->n, k->panel), step = fb_even(rows, FB_ROWS);
     for (ptrdiff_t i = 0; i < rows; i += step)            /* loop 3 */
         for (ptrdiff_t j = 0; j < cols; j += COLUMNS) {   /* loop 5 */
             ptrdiff_t k0 = 0;
@@ -119,7 +119,7 @@ static void project_part(void *context, int part, int parts)
     }
     fb_matmul(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL,
               t->relu, fb_at(t->out, i * w->n + first, size), w->n,
-              t->totals ? fb_at(t->totals, part * FB_TILE * FB_LIST_ROW, size) : NULL);
+              t->totals ? fb_at(t->totals, part * FB_ROWS * FB_LIST_ROW, size) : NULL);
 }
 
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
@@ -130,7 +130,7 @@ fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t r
     /* Several blocks of k and long rows of C: totals in C would share few cache sets (up_project 128 x 768 -> 3072:
      * 85 % of the FMA peak with the totals in C). */
     const int staged = w->k > FB_BLOCK && w->n > COLUMNS && rows > 16;
-    if (staged && !(t.totals = fb_alloc(parts * FB_TILE, FB_LIST_ROW, k->size)))
+    if (staged && !(t.totals = fb_alloc(parts * FB_ROWS, FB_LIST_ROW, k->size)))
         return FB_NO_MEMORY;
     t.by_columns = rows < FB_FEW_ROWS * parts;
     fb_parallel(project_part, &t, parts);
