@@ -337,13 +337,16 @@ static void FN(product_sparse)(const fb_product *g, const fb_nonzeros *list)
 {
     const ptrdiff_t panels = (g->cols + PANEL - 1) / PANEL, slices = (g->depth + list->slice - 1) / list->slice;
     const ptrdiff_t groups = (panels + FB_TILE_PANELS(1) - 1) / FB_TILE_PANELS(1);
+    const int fetch = g->rows > 3; /* fewer rows do not need most of the lines */
     for (ptrdiff_t group = 0; group < groups; group++) {
         const ptrdiff_t p = group * panels / groups, wide = (group + 1) * panels / groups - p;
         for (ptrdiff_t slice = 0; slice < slices; slice++) {
-            const char *ahead = (const char *)g->b + (slice + 1 < slices ? p * g->b_panel * (ptrdiff_t)sizeof(REAL) + (slice + 1) * list->slice * 64 : (p + wide) * g->b_panel * (ptrdiff_t)sizeof(REAL));
+            const ptrdiff_t next = slice + 1 < slices ? p * g->b_panel + (slice + 1) * list->slice * PANEL
+                                                      : (p + wide) * g->b_panel;
+            const char *ahead = (const char *)((const REAL *)g->b + next);
             for (ptrdiff_t i = 0; i < g->rows; i++) {
                 REAL *sums = (REAL *)list->sums + i * FB_TILE_PANELS(1) * PANEL;
-                for (ptrdiff_t l = i * list->slice / g->rows; l < (i + 1) * list->slice / g->rows; l++)
+                for (ptrdiff_t l = i * list->slice / g->rows; fetch && l < (i + 1) * list->slice / g->rows; l++)
                     for (ptrdiff_t q = 0; q < wide; q++)
                         FB_PREFETCH_L2(ahead + q * g->b_panel * (ptrdiff_t)sizeof(REAL) + l * 64);
                 switch (wide) {
