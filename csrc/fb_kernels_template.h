@@ -383,14 +383,19 @@ static void FN(bias_relu)(const void *x_, const void *bias_, void *out_, ptrdiff
 /* x * 0 is a zero for finite x, NaN for the others, and a NaN survives every sum. */
 static int FN(all_finite)(const void *x_, ptrdiff_t n)
 {
+    enum { SUMS = 4 };
     const REAL *x = x_;
-    VEC sum = V(zero)();
     REAL lane[LANES];
+    VEC sum[SUMS] = {V(zero)(), V(zero)(), V(zero)(), V(zero)()};
     ptrdiff_t j = 0;
-    for (; j + LANES <= n; j += LANES)
-        sum = V(add)(sum, V(mul)(V(load)(x + j), V(zero)()));
-    sum = V(add)(sum, V(mul)(FN(load_first)(x + j, n - j), V(zero)()));
-    V(store)(lane, sum);
+    for (; j + SUMS * LANES <= n; j += SUMS * LANES) {
+        FB_UNROLL
+        for (int i = 0; i < SUMS; i++)
+            sum[i] = V(add)(sum[i], V(mul)(V(load)(x + j + i * LANES), V(zero)()));
+    }
+    for (; j < n; j += LANES)
+        sum[0] = V(add)(sum[0], V(mul)(FN(load_first)(x + j, fb_min(LANES, n - j)), V(zero)()));
+    V(store)(lane, V(add)(V(add)(sum[0], sum[1]), V(add)(sum[2], sum[3])));
     for (int i = 0; i < LANES; i++)
         if (lane[i] != 0)
             return 0;
