@@ -57,8 +57,10 @@ static fb_status mix_and_feed_forward(block_task *t)
         char *z = fb_alloc(rows, t->z_row, k->size);
         void *workspace = fb_workspace(stack, 1, mix_workspace);
         if (z && workspace) {
-            for (ptrdiff_t row = 0; row < rows; row += tile)
-                mix(t, row, fb_min(tile, t->positions - row % t->positions), fb_at(z, row * t->z_row, k->size), workspace);
+            for (ptrdiff_t row = 0, n; row < rows; row += n) {
+                n = fb_min(tile, t->positions - row % t->positions);
+                mix(t, row, n, fb_at(z, row * t->z_row, k->size), workspace);
+            }
             status = fb_feed_forward_all(k, params, z, t->z_row, rows, t->out);
         } else {
             status = FB_NO_MEMORY;

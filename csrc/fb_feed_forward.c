@@ -118,9 +118,10 @@ fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *param
     feed_forward t = {.k = k, .params = params, .x = x, .x_row = x_row, .rows = rows, .out = out};
     FB_SCRATCH(stack);
     const ptrdiff_t blocks = (hidden + FB_BLOCK - 1) / FB_BLOCK;
-    const int by_columns = parts > 1 && rows < FB_FEW_ROWS * parts
+    const int by_columns = parts > 1 && rows < FB_FEW_ROWS * parts && rows <= FB_ROWS
                            && rows * blocks * FB_LIST_ROW * k->size <= (ptrdiff_t)FEW_HIDDEN * parts;
-    t.workspace_part = fb_round_up(by_columns ? fb_skip_workspace(k, rows, 0) : fb_feed_forward_workspace(k, params, rows), 64);
+    t.workspace_part = fb_round_up(by_columns ? fb_skip_workspace(k, rows, 0)
+                                              : fb_feed_forward_workspace(k, params, (rows + parts - 1) / parts), 64);
     if (!(t.workspace = fb_workspace(stack, parts, t.workspace_part)))
         return FB_NO_MEMORY;
     if (by_columns && !(t.hidden = fb_alloc(rows * blocks, FB_LIST_ROW, k->size))) {

@@ -975,7 +975,10 @@ def set_num_threads(n):
     >>> fastblock.get_num_threads()
     2
     """
-    count = operator.index(n)
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n: expected a number of threads, got {type(n).__name__}") from None
     if count < 1:
         raise ValueError(f"n: expected at least 1 thread, got {count}")
     fb_set_num_threads(min(count, 256))
@@ -1001,14 +1004,16 @@ class num_threads:
 
     def __init__(self, n):
         self.n = n
+        self.before = []  # one may be entered again inside itself
 
     def __enter__(self):
-        self.before = get_num_threads()
+        before = get_num_threads()
         set_num_threads(self.n)
+        self.before.append(before)
         return self
 
     def __exit__(self, *exception):
-        set_num_threads(self.before)
+        set_num_threads(self.before.pop())
 
 
 def _cpu():
@@ -1066,8 +1071,8 @@ def _peak(dtype, seconds=0.05):
 
 
 _requested = os.environ.get("FASTBLOCK_NUM_THREADS")
-if _requested and not (_requested.isascii() and _requested.isdigit() and int(_requested)):
-    raise ImportError(f"FASTBLOCK_NUM_THREADS: expected a number of threads, at least 1, got {_requested!r}")
+if _requested and not (_requested.isascii() and _requested.isdigit() and _requested.strip("0")):
+    raise ImportError(f"FASTBLOCK_NUM_THREADS: expected a number of threads, at least 1, got {_requested[:40]!r}")
 _requested = os.environ.get("FASTBLOCK_ISA")
 if _requested:
     try:
