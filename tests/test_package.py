@@ -58,6 +58,7 @@ def environment(**changes):
 # ---- what is shipped
 
 
+@pytest.mark.slow
 def test_wheel(distributions):
     info = f"fastblock-{fastblock.__version__}.dist-info"
     with zipfile.ZipFile(distributions[1]) as file:
@@ -99,6 +100,7 @@ def test_wheel_size(source, tmp_path):
     assert build(source, tmp_path)[1].stat().st_size < 1_000_000
 
 
+@pytest.mark.slow
 def test_sdist(distributions):
     with tarfile.open(distributions[0]) as file:
         shipped = {name.partition("/")[2] for name in file.getnames() if not file.getmember(name).isdir()}
