@@ -13,7 +13,7 @@ typedef struct block_task {
     const void *x, *weights;
     ptrdiff_t batch, x_batch, weights_batch, positions, z_row;
     char *out, *workspace;
-    ptrdiff_t workspace_part;
+    ptrdiff_t workspace_part, tile, stage_bytes;
 } block_task;
 
 /* z (n x D, z_row apart) = mixed positions row .. row + n of one batch item */
@@ -29,14 +29,17 @@ static void rows_part(void *context, int part, int parts)
 {
     const block_task *t = context;
     const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = t->params->w1.k;
-    const ptrdiff_t tile = fb_even(t->positions, FB_ROWS);
-    char *z = t->workspace + part * t->workspace_part;
-    void *workspace = fb_at(z, tile * t->z_row, t->k->size);
+    char *stage = t->workspace + part * t->workspace_part, *workspace = stage + t->stage_bytes;
+    /* one block of features: mixed where it is wanted */
+    char *z = features <= FB_BLOCK ? stage : workspace;
+    workspace += z == stage ? 0 : fb_round_up(t->tile * t->z_row * t->k->size, 64);
     ptrdiff_t row = total * part / parts, n;
     for (; row < end; row += n) {
-        n = fb_min(fb_min(tile, t->positions - row % t->positions), end - row);
+        n = fb_min(fb_min(t->tile, t->positions - row % t->positions), end - row);
         mix(t, row, n, z, workspace);
-        fb_feed_forward_rows(t->k, t->params, z, t->z_row, n, fb_at(t->out, row * features, t->k->size), workspace);
+        if (z != stage)
+            fb_stage(t->k, z, t->z_row, n, features, stage);
+        fb_feed_forward_rows(t->k, t->params, stage, n, fb_at(t->out, row * features, t->k->size), workspace);
     }
 }
 
@@ -48,11 +51,11 @@ static fb_status mix_and_feed_forward(block_task *t)
     const ptrdiff_t features = params->w1.k, rows = t->batch * t->positions;
     const int parts = fb_parts((double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n),
                                fb_max(rows, params->w1.n / k->panel));
-    const ptrdiff_t tile = fb_even(t->positions, FB_ROWS);
+    const ptrdiff_t tile = t->tile = fb_stage_rows(k, t->positions, features);
     const ptrdiff_t mix_workspace = fb_mix_workspace(k, tile, t->positions, features);
     fb_status status = FB_OK;
     FB_SCRATCH(stack);
-    t->z_row = fb_round_up(features, k->panel);
+    t->z_row = features <= FB_BLOCK ? FB_ROW : fb_round_up(features, k->panel);
     if (parts > 1 && rows < FB_FEW_ROWS * parts) { /* few rows: all mixed positions, then a feed-forward by columns */
         char *z = fb_alloc(rows, t->z_row, k->size);
         void *workspace = fb_workspace(stack, 1, mix_workspace);
@@ -69,8 +72,9 @@ static fb_status mix_and_feed_forward(block_task *t)
         fb_workspace_free(stack, workspace);
         return status;
     }
-    t->workspace_part = fb_round_up(tile * t->z_row * k->size
-                                        + fb_max(mix_workspace, fb_feed_forward_workspace(k, params, tile)), 64);
+    t->stage_bytes = fb_round_up(fb_stage_bytes(k, tile, features), 64);
+    t->workspace_part = t->stage_bytes + (features <= FB_BLOCK ? 0 : fb_round_up(tile * t->z_row * k->size, 64))
+                        + fb_round_up(fb_max(mix_workspace, fb_feed_forward_workspace(k, tile)), 64);
     if (!(t->workspace = fb_workspace(stack, parts, t->workspace_part)))
         return FB_NO_MEMORY;
     fb_parallel(rows_part, t, parts);
@@ -85,7 +89,7 @@ fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrd
     block_task t = {.k = k, .params = params, .x = x, .weights = weights, .batch = batch, .x_batch = x_batch,
                     .weights_batch = weights_batch, .positions = positions, .out = out};
     fb_status status = FB_OK;
-    if (batch == 0 || positions == 0)
+    if (batch == 0 || positions == 0 || params->w1.k == 0) /* nothing to write */
         return FB_OK;
     fb_fp_mode mode = fb_fp_enter();
     if (weights) {

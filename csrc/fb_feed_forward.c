@@ -15,18 +15,17 @@ typedef struct feed_forward {
     const void *x;
     ptrdiff_t x_row, rows;
     void *out;
-    void *hidden; /* by columns: all of it, hidden block by hidden block, each rows x FB_LIST_ROW */
+    void *stage, *hidden; /* by columns: all of x, staged; all of the hidden activations, as staged */
     char *workspace;
-    ptrdiff_t workspace_part;
+    ptrdiff_t workspace_part, stage_bytes;
 } feed_forward;
 
-/* h (rows x n, FB_LIST_ROW apart) = up_project of hidden units f .. f + n, and of the padding up to whole panels */
-static void up(const feed_forward *t, const void *x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
+/* h (rows x n, FB_ROW apart) = up_project of hidden units f .. f + n, and of the padding up to whole panels */
+static void up(const feed_forward *t, const void *stage, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
 {
     const void *b1 = t->params->b1;
     n = fb_round_up(n, t->k->panel);
-    fb_matmul(t->k, x, t->x_row, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, 1, h,
-              FB_LIST_ROW, NULL);
+    fb_matmul(t->k, stage, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, 1, h, FB_ROW, NULL);
 }
 
 /* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with b2 */
@@ -38,10 +37,8 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
     const ptrdiff_t depth = fb_min(FB_BLOCK, w2->k - f), padded = fb_round_up(w2->n, k->panel);
     fb_product_skipping(k, &(fb_product){
         .a = h,
-        .a_row = FB_LIST_ROW,
+        .a_row = FB_ROW,
         .b = fb_at(w2->data, f * padded + first * depth, k->size),
-        .b_k = k->panel,
-        .b_panel = depth * k->panel,
         .bias = t->params->b2 ? fb_at(t->params->b2, first, k->size) : NULL,
         .c = fb_at(out, first, k->size),
         .c_row = w2->n,
@@ -55,37 +52,35 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
     }, w2->finite, in_place, workspace);
 }
 
-ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows)
+ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, ptrdiff_t rows)
 {
-    (void)params;
-    rows = fb_min(FB_ROWS, rows);
-    return rows * FB_LIST_ROW * k->size + fb_skip_workspace(k, rows, 1);
+    return rows * FB_ROW * k->size + fb_skip_workspace(k, rows, 1);
 }
 
-void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
-                          ptrdiff_t rows, void *out, void *workspace)
+void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *stage, ptrdiff_t rows,
+                          void *out, void *workspace)
 {
-    const feed_forward t = {.k = k, .params = params, .x_row = x_row};
-    const ptrdiff_t hidden = params->w1.n, features = params->w2.n;
-    const ptrdiff_t even = fb_even(rows, FB_ROWS);
-    for (ptrdiff_t i = 0, tile; i < rows; i += tile) {
-        tile = fb_min(even, rows - i);
-        ptrdiff_t f = 0;
-        do { /* one tile at least: without hidden units out is the bias */
-            up(&t, fb_at(x, i * x_row, k->size), tile, f, fb_min(FB_BLOCK, hidden - f), workspace);
-            down(&t, workspace, tile, f, 0, features, fb_at(out, i * features, k->size), 1,
-                 fb_at(workspace, tile * FB_LIST_ROW, k->size));
-            f += FB_BLOCK;
-        } while (f < hidden);
-    }
+    const feed_forward t = {.k = k, .params = params};
+    ptrdiff_t f = 0;
+    do { /* one tile at least: without hidden units out is the bias */
+        up(&t, stage, rows, f, fb_min(FB_BLOCK, params->w1.n - f), workspace);
+        down(&t, workspace, rows, f, 0, params->w2.n, out, 1, fb_at(workspace, rows * FB_ROW, k->size));
+        f += FB_BLOCK;
+    } while (f < params->w1.n);
 }
 
 static void rows_part(void *context, int part, int parts)
 {
     const feed_forward *t = context;
-    const ptrdiff_t i = t->rows * part / parts, rows = t->rows * (part + 1) / parts - i;
-    fb_feed_forward_rows(t->k, t->params, fb_at(t->x, i * t->x_row, t->k->size), t->x_row, rows,
-                         fb_at(t->out, i * t->params->w2.n, t->k->size), t->workspace + part * t->workspace_part);
+    const ptrdiff_t features = t->params->w1.k, size = t->k->size, end = t->rows * (part + 1) / parts;
+    char *stage = t->workspace + part * t->workspace_part;
+    ptrdiff_t i = t->rows * part / parts;
+    const ptrdiff_t tile = fb_stage_rows(t->k, end - i, features);
+    for (ptrdiff_t rows; i < end; i += rows) {
+        rows = fb_min(tile, end - i);
+        fb_stage(t->k, fb_at(t->x, i * t->x_row, size), t->x_row, rows, features, stage);
+        fb_feed_forward_rows(t->k, t->params, stage, rows, fb_at(t->out, i * features, size), stage + t->stage_bytes);
+    }
 }
 
 static void up_part(void *context, int part, int parts)
@@ -95,7 +90,7 @@ static void up_part(void *context, int part, int parts)
     fb_columns_of(t->k, t->params->w1.n, part, parts, &f, &n);
     for (const ptrdiff_t end = f + n; f < end; f += step) {
         step = fb_min(FB_BLOCK - f % FB_BLOCK, end - f);
-        up(t, t->x, t->rows, f, step, fb_at(t->hidden, f / FB_BLOCK * t->rows * FB_LIST_ROW + f % FB_BLOCK, t->k->size));
+        up(t, t->stage, t->rows, f, step, fb_at(t->hidden, f / FB_BLOCK * t->rows * FB_ROW + f % FB_BLOCK, t->k->size));
     }
 }
 
@@ -105,7 +100,7 @@ static void down_part(void *context, int part, int parts)
     ptrdiff_t first, cols;
     fb_columns_of(t->k, t->params->w2.n, part, parts, &first, &cols);
     for (ptrdiff_t f = 0; f < t->params->w1.n; f += FB_BLOCK)
-        down(t, fb_at(t->hidden, f * t->rows / FB_BLOCK * FB_LIST_ROW, t->k->size), t->rows, f, first, cols, t->out, 0,
+        down(t, fb_at(t->hidden, f * t->rows / FB_BLOCK * FB_ROW, t->k->size), t->rows, f, first, cols, t->out, 0,
              t->workspace + part * t->workspace_part);
 }
 
@@ -113,30 +108,39 @@ fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *param
                               ptrdiff_t rows, void *out)
 {
     const ptrdiff_t hidden = params->w1.n, features = params->w1.k;
+    if (features == 0)
+        return FB_OK;
     const int parts = fb_parts(2.0 * (double)rows * (double)hidden * (double)features,
                                fb_max(rows, fb_min(hidden, features) / k->panel));
     feed_forward t = {.k = k, .params = params, .x = x, .x_row = x_row, .rows = rows, .out = out};
     FB_SCRATCH(stack);
     const ptrdiff_t blocks = (hidden + FB_BLOCK - 1) / FB_BLOCK;
     const int by_columns = parts > 1 && rows < FB_FEW_ROWS * parts && rows <= FB_ROWS
-                           && rows * blocks * FB_LIST_ROW * k->size <= (ptrdiff_t)FEW_HIDDEN * parts;
-    t.workspace_part = fb_round_up(by_columns ? fb_skip_workspace(k, rows, 0)
-                                              : fb_feed_forward_workspace(k, params, (rows + parts - 1) / parts), 64);
-    if (!(t.workspace = fb_workspace(stack, parts, t.workspace_part)))
-        return FB_NO_MEMORY;
-    if (by_columns && !(t.hidden = fb_alloc(rows * blocks, FB_LIST_ROW, k->size))) {
-        fb_workspace_free(stack, t.workspace);
-        return FB_NO_MEMORY;
-    }
+                           && rows * blocks * FB_ROW * k->size <= (ptrdiff_t)FEW_HIDDEN * parts;
+    const ptrdiff_t tile = fb_stage_rows(k, (rows + parts - 1) / parts, features);
     if (by_columns) {
+        t.workspace_part = fb_round_up(fb_skip_workspace(k, rows, 0), 64);
+        t.stage = fb_alloc(fb_stage_bytes(k, rows, features), 1, 1);
+        t.hidden = fb_alloc(rows * blocks, FB_ROW, k->size);
+    } else {
+        t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, features), 64);
+        t.workspace_part = fb_round_up(t.stage_bytes + fb_feed_forward_workspace(k, tile), 64);
+    }
+    fb_status status = FB_NO_MEMORY;
+    t.workspace = fb_workspace(stack, parts, t.workspace_part);
+    if (t.workspace && !by_columns) {
+        fb_parallel(rows_part, &t, parts);
+        status = FB_OK;
+    } else if (t.workspace && t.stage && t.hidden) {
+        fb_stage(k, x, x_row, rows, features, t.stage);
         fb_parallel(up_part, &t, parts);
         fb_parallel(down_part, &t, parts);
-    } else {
-        fb_parallel(rows_part, &t, parts);
+        status = FB_OK;
     }
+    fb_free(t.stage);
     fb_free(t.hidden);
     fb_workspace_free(stack, t.workspace);
-    return FB_OK;
+    return status;
 }
 
 fb_status fb_feed_forward(const fb_params *params, const void *x, ptrdiff_t rows, void *out)

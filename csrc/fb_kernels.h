@@ -21,25 +21,29 @@ enum {
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 6 panels of B are 24 KB, at home in L1 */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
     FB_STACK_BYTES = 16384, /* workspaces up to this size are on the stack */
-    FB_LIST_ROW = FB_BLOCK + 16, /* an odd number of cache lines: rows do not all fall into the same cache sets */
+    /* Elements from one row of a left operand to the next: an odd number of cache lines, so that rows do not all fall
+     * into the same cache sets. */
+    FB_ROW = FB_BLOCK + 16,
+    FB_STAGE_BYTES = 1400 << 10, /* of a left operand laid out for the kernel: a thread's 2 MiB hold it and its tile */
     FB_SUMS_BYTES = 8 * FB_PANEL_BYTES, /* a row of a group of panels, the widest of all tiers */
 };
 
 /* One block of k of a matrix product, C (rows x cols) from A (rows x depth) and B (depth x cols):
  *     s = chain of fma over k;  t = first ? s : T + s;  last ? C = finish(t, bias) [then relu] : T = t
- * A[i,k] = a[i*a_row + k];  B[k, j] = b[(j / panel)*b_panel + k*b_k + j % panel];  C[i,j] = c[i*c_row + j], T likewise.
+ * A[i,k] = a[i*a_row + k];  B[k, j] = b[(j / panel)*depth*panel + k*panel + j % panel];  C[i,j] = c[i*c_row + j], T likewise.
  * T, the totals of the blocks so far, may be C. B and bias are read in whole panels, C and T have cols columns. */
 typedef struct fb_product {
     const void *a, *b, *bias; /* bias NULL: +0.0 */
     void *c, *t;
-    ptrdiff_t a_row, b_k, b_panel, c_row, t_row; /* in elements */
-    ptrdiff_t rows, cols, depth;          /* depth <= FB_BLOCK */
+    void *stage; /* scratch for rows x FB_ROW elements, unless a_row is FB_ROW */
+    ptrdiff_t a_row, c_row, t_row; /* in elements */
+    ptrdiff_t rows, cols, depth;   /* depth <= FB_BLOCK */
     int first, last, relu;
     int skip; /* B is finite: k where a whole row tile of A is zero, at either end of the block, may be left out */
 } fb_product;
 
 /* The nonzeros of A, compressed: row i, slice s (`slice` consecutive k) has count[s*rows + i] of them, from element
- * i*FB_LIST_ROW + s*slice of value and offset on. sums: scratch, FB_SUMS_BYTES a row. */
+ * i*FB_ROW + s*slice of value and offset on. sums: scratch, FB_SUMS_BYTES a row. */
 typedef struct fb_nonzeros {
     void *value;
     uint16_t *offset, *count;
@@ -51,6 +55,7 @@ struct fb_kernels {
     const char *tier;
     ptrdiff_t size;  /* bytes of an element */
     ptrdiff_t panel; /* columns of a panel: FB_PANEL_BYTES / size */
+    void (*copy)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
     void (*product)(const fb_product *);
     /* The same from the nonzeros of A only; B must be finite. */
     void (*product_sparse)(const fb_product *, const fb_nonzeros *);
@@ -84,25 +89,30 @@ void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size);
 void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols,
                          void *panels);
 
-/* fb_matmul.c: C (rows x cols) = finish(A B, bias) [then relu] where B is columns first_col .. first_col + cols of a
- * packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread. totals: scratch for
- * FB_ROWS x FB_LIST_ROW elements, or NULL if C itself is a good place for them. */
-void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
-               ptrdiff_t first_col, ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals);
+/* fb_matmul.c: a left operand A as the kernel wants it: its blocks of 256 k one after the other, rows x FB_ROW each.
+ * fb_stage_rows: how many rows to take at a time, dealt out evenly; fb_stage_bytes: the size of that many. */
+ptrdiff_t fb_stage_rows(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth);
+ptrdiff_t fb_stage_bytes(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth);
+void fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, void *stage);
+/* C (rows x cols) = finish(A B, bias) [then relu] where A is staged, rows <= FB_ROWS, and B is columns first_col ..
+ * first_col + cols of a packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread.
+ * totals: scratch for FB_ROWS x FB_ROW elements, or NULL if C itself is a good place for them. */
+void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
+               ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals);
 /* The same for all columns, on all threads: C has b->n columns. */
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
                           const void *bias, int relu, void *out);
 /* One block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. in_place: A may be
- * destroyed, and its a_row is FB_LIST_ROW. workspace: fb_skip_workspace(k, rows, in_place) bytes, 64-byte aligned. */
+ * destroyed, and its a_row is FB_ROW. workspace: fb_skip_workspace(k, rows, in_place) bytes, 64-byte aligned. */
 ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, int in_place);
 void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, int in_place, void *workspace);
 /* The loops inside fb_mix_positions and fb_feed_forward, one thread, for callers that have a workspace (in bytes). */
 ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t positions, ptrdiff_t features);
 void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
                  ptrdiff_t positions, ptrdiff_t features, void *out, ptrdiff_t out_row, void *workspace);
-ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows);
-void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
-                          ptrdiff_t rows, void *out, void *workspace);
+ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, ptrdiff_t rows);
+void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *stage, ptrdiff_t rows,
+                          void *out, void *workspace);
 /* fb_feed_forward.c: fb_feed_forward for any number of rows, on all threads. */
 fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
                               ptrdiff_t rows, void *out);

@@ -22,6 +22,7 @@
 #endif
 #define PANEL ((ptrdiff_t)(FB_PANEL_BYTES / sizeof(REAL)))
 #define PANEL_VECS ((int)(FB_PANEL_BYTES / sizeof(VEC)))
+#define FB_STRIP 16 /* k between two looks at what is left */
 
 FB_INLINE VEC FN(load_first)(const REAL *p, ptrdiff_t n)
 {
@@ -34,6 +35,20 @@ FB_INLINE void FN(store_first)(REAL *p, VEC v, ptrdiff_t n)
     REAL lane[LANES];
     V(store)(lane, v);
     memcpy(p, lane, (size_t)n * sizeof(REAL));
+}
+
+/* Rows of n elements. */
+static void FN(copy)(const void *from_, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to_, ptrdiff_t to_row)
+{
+    const REAL *from = from_;
+    REAL *to = to_;
+    for (ptrdiff_t i = 0; i < rows; i++, from += from_row, to += to_row) {
+        ptrdiff_t j = 0;
+        for (; j + LANES <= n; j += LANES)
+            V(store)(to + j, V(load)(from + j));
+        for (; j < n; j++)
+            to[j] = from[j];
+    }
 }
 
 /* ---- product: one block of k of a matrix product (reference.chain256, finish, relu) */
@@ -90,8 +105,7 @@ FB_INLINE void FN(finish_tile)(const int rows, const int vecs, const fb_product 
     }
 }
 
-FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrdiff_t a_row, const REAL *b,
-                             ptrdiff_t b_panel, VEC *s)
+FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, const REAL *b, ptrdiff_t b_panel, VEC *s)
 {
     VEC w[FB_TILE_VECS];
     FB_UNROLL
@@ -99,22 +113,26 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrd
         w[j] = V(load)(b + j / PANEL_VECS * b_panel + j % PANEL_VECS * LANES);
     FB_UNROLL
     for (int i = 0; i < rows; i++) {
-        VEC x = V(splat)(a + i * a_row);
+        VEC x = V(splat)(a + i * FB_ROW);
         FB_UNROLL
         for (int j = 0; j < vecs; j++)
             s[i * vecs + j] = V(fma)(x, w[j], s[i * vecs + j]);
     }
 }
 
-/* A tile of `rows` x `panels` panels, both constants: its accumulators are registers. In passing it fetches the rows
- * of A below it (L1) and its share of the next panels of B: `ahead` is its first line, `lines` its lines a strip (L2).
- * Measured at 128 x 768 -> 3072: 84 % of the FMA peak without, 95 % with the fetches. */
+/* A tile of `rows` x `panels` panels, both constants: its accumulators are registers. So is the distance of the rows of
+ * A, FB_ROW: one register points to all of them. In its first `fetches` strips it fetches a line a k, `fetch` elements
+ * ahead in B (L2); the hardware does not notice that a panel will be followed by the next one.
+ *
+ * No instruction here is free: with a second thread on the core, whom the machine gives every other cycle, 27 instead of
+ * 21 instructions a k took 1.25 times as long (rows a variable distance apart; fetches of the next rows of A).
+ * Not better: the same lines in bursts between the tiles (6 to 16 rows 1.2 to 1.3 times as long), every second line
+ * (1.5 times), a line every second k (1.05 times), to L1 (the same). */
 FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, const REAL *a, const REAL *b,
-                        ptrdiff_t left, const REAL *bias, const FN(place) at, const char *ahead, ptrdiff_t lines)
+                        ptrdiff_t left, const REAL *bias, const FN(place) at, ptrdiff_t fetch, ptrdiff_t fetches)
 {
-    enum { STRIP = FB_PANEL_BYTES / sizeof(REAL) }; /* one cache line of a row of A */
     const int vecs = panels * PANEL_VECS;
-    const ptrdiff_t a_row = g->a_row, b_k = g->b_k, b_panel = g->b_panel;
+    const ptrdiff_t b_panel = g->depth * PANEL;
     VEC s[FB_TILE_VECS];
     FB_UNROLL
     for (int i = 0; i < rows * vecs; i++)
@@ -123,57 +141,48 @@ FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, c
     for (int i = 0; i < rows; i++)
         FB_PREFETCH_WRITE(at.to + i * at.to_row);
 
-    for (; left >= STRIP; left -= STRIP) {
-        FB_UNROLL
-        for (int i = 0; i < rows; i++)
-            FB_PREFETCH(a + (rows + i) * a_row);
-        for (ptrdiff_t l = 0; l < lines; l++, ahead += 64)
-            FB_PREFETCH_L2(ahead);
+    for (; left >= FB_STRIP && fetches > 0; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL, fetches--) {
         FB_UNROLL_K
-        for (int k = 0; k < STRIP; k++)
-            FN(tile_step)(rows, vecs, a + k, a_row, b + k * b_k, b_panel, s);
-        a += STRIP;
-        b += STRIP * b_k;
+        for (int k = 0; k < FB_STRIP; k++) {
+            FB_PREFETCH_L2(b + k * PANEL + fetch);
+            FN(tile_step)(rows, vecs, a + k, b + k * PANEL, b_panel, s);
+        }
     }
-    for (; left > 0; left--, a++, b += b_k)
-        FN(tile_step)(rows, vecs, a, a_row, b, b_panel, s);
+    for (; left >= FB_STRIP; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL) {
+        FB_UNROLL_K
+        for (int k = 0; k < FB_STRIP; k++)
+            FN(tile_step)(rows, vecs, a + k, b + k * PANEL, b_panel, s);
+    }
+    for (; left > 0; left--, a++, b += PANEL)
+        FN(tile_step)(rows, vecs, a, b, b_panel, s);
 
     FN(finish_tile)(rows, vecs, g, s, bias, at);
 }
 
-FB_INLINE void FN(copy_rows)(const int rows, ptrdiff_t n, const REAL *from, ptrdiff_t from_row, REAL *to,
-                             ptrdiff_t to_row)
-{
-    for (int i = 0; i < rows; i++)
-        for (ptrdiff_t j = 0; j < n; j++)
-            to[i * to_row + j] = from[i * from_row + j];
-}
-
 /* The tile at row i and panel p; returns the number of panels done. The last panel, where it is partly outside C,
  * goes through a scratch tile: C is never written or read outside. */
-FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, ptrdiff_t i, ptrdiff_t p, const int16_t *range,
-                                ptrdiff_t lines)
+FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL *a, ptrdiff_t i, ptrdiff_t p,
+                                const int16_t *range, ptrdiff_t fetch, ptrdiff_t fetches)
 {
     const ptrdiff_t depth = range[1] - range[0];
-    const REAL *a = (const REAL *)g->a + i * g->a_row + range[0];
-    const REAL *b = (const REAL *)g->b + p * g->b_panel + range[0] * g->b_k;
+    const REAL *b = (const REAL *)g->b + p * g->depth * PANEL + range[0] * PANEL;
     const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;
     const FN(place) at = FN(place_at)(g, i, p * PANEL);
     const ptrdiff_t left = g->cols - p * PANEL;
-    const char *ahead = (const char *)(b + FB_TILE_PANELS(rows) * g->b_panel) + i / rows * 16 * lines * 64;
+    a += i * FB_ROW + range[0];
     if (FB_LIKELY(left >= FB_TILE_PANELS(rows) * PANEL)) {
-        FN(tile)(rows, FB_TILE_PANELS(rows), g, a, b, depth, bias, at, ahead, lines);
+        FN(tile)(rows, FB_TILE_PANELS(rows), g, a, b, depth, bias, at, fetch, fetches);
         return FB_TILE_PANELS(rows);
     }
     if (FB_TILE_PANELS(rows) > 1 && left >= PANEL) {
-        FN(tile)(rows, 1, g, a, b, depth, bias, at, ahead, lines);
+        FN(tile)(rows, 1, g, a, b, depth, bias, at, 0, 0);
         return 1;
     }
     REAL scratch[FB_TILE_ROWS * FB_PANEL_BYTES / sizeof(REAL)] = {0};
     if (!g->first)
-        FN(copy_rows)(rows, left, at.from, at.from_row, scratch, PANEL);
-    FN(tile)(rows, 1, g, a, b, depth, bias, (FN(place)){scratch, scratch, PANEL, PANEL}, ahead, 0);
-    FN(copy_rows)(rows, left, scratch, PANEL, at.to, at.to_row);
+        FN(copy)(at.from, at.from_row, rows, left, scratch, PANEL);
+    FN(tile)(rows, 1, g, a, b, depth, bias, (FN(place)){scratch, scratch, PANEL, PANEL}, 0, 0);
+    FN(copy)(scratch, PANEL, rows, left, at.to, at.to_row);
     return 1;
 }
 
@@ -206,25 +215,31 @@ static void FN(product)(const fb_product *g)
     const ptrdiff_t fewest = tiles == 1 ? g->rows : g->rows / tiles;
     const ptrdiff_t longer_until = (g->rows - tiles * fewest) * (fewest + 1);
     const ptrdiff_t group = FB_TILE_PANELS(fewest);
-    /* a strip's share of the 256 lines of the next panel */
-    const ptrdiff_t lines = group > 1 ? 0 : tiles == 1 ? 16 : (16 + tiles - 1) / tiles;
+    /* strips of a tile that fetch: together they fetch the next panel */
+    const ptrdiff_t strips = g->depth / FB_STRIP, fetches = group > 1 ? 0 : (strips + tiles - 1) / tiles;
     const int16_t whole[2] = {0, (int16_t)g->depth};
     int16_t range[FB_ROWS][2];
+    const REAL *a = g->a;
     ptrdiff_t rows;
     if (g->skip)
         for (ptrdiff_t i = 0, t = 0; i < g->rows; i += rows, t++) {
             rows = i < longer_until ? fewest + 1 : fewest;
-            FN(nonzero_range)((const REAL *)g->a + i * g->a_row, g->a_row, rows, g->depth, range[t]);
+            FN(nonzero_range)(a + i * g->a_row, g->a_row, rows, g->depth, range[t]);
         }
+    if (g->a_row != FB_ROW) {
+        FN(copy)(a, g->a_row, g->rows, g->depth, g->stage, FB_ROW);
+        a = g->stage;
+    }
     for (ptrdiff_t p0 = 0; p0 < panels; p0 += group) {
         const ptrdiff_t p1 = fb_min(p0 + group, panels);
         for (ptrdiff_t i = 0, t = 0; i < g->rows; i += rows, t++) {
             rows = i < longer_until ? fewest + 1 : fewest;
+            const ptrdiff_t fetch = (g->depth + t * fetches * FB_STRIP) * PANEL;
             for (ptrdiff_t p = p0; p < p1;) {
                 switch (rows) {
 #define FB_TILE_CASE(r)                                                                                               \
     case r:                                                                                                           \
-        p += FN(tile_at)(r, g, i, p, g->skip ? range[t] : whole, lines);                                              \
+        p += FN(tile_at)(r, g, a, i, p, g->skip ? range[t] : whole, fetch, fetches);                                              \
         break;
                     FB_TILE_CASES(FB_TILE_CASE)
 #undef FB_TILE_CASE
@@ -260,8 +275,8 @@ static void FN(compress)(const void *a_, ptrdiff_t a_row, ptrdiff_t rows, ptrdif
         const REAL *a = (const REAL *)a_ + i * a_row;
         for (ptrdiff_t k0 = 0, slice = 0; k0 < depth; k0 += out->slice, slice++) {
             const ptrdiff_t end = fb_min(k0 + out->slice, depth);
-            REAL *value = (REAL *)out->value + i * FB_LIST_ROW + k0, *v = value;
-            uint16_t *offset = out->offset + i * FB_LIST_ROW + k0;
+            REAL *value = (REAL *)out->value + i * FB_ROW + k0, *v = value;
+            uint16_t *offset = out->offset + i * FB_ROW + k0;
             ptrdiff_t k = k0;
             for (; k + LANES <= end; k += LANES) {
                 const VEC x = V(load)(a + k);
@@ -287,15 +302,15 @@ FB_INLINE void FN(sparse_row)(const int panels, const fb_product *g, const fb_no
                               ptrdiff_t i, ptrdiff_t p, REAL *sums, const int first, const int last)
 {
     const int vecs = panels * PANEL_VECS;
-    const ptrdiff_t n = list->count[slice * g->rows + i], start = i * FB_LIST_ROW + slice * list->slice;
+    const ptrdiff_t n = list->count[slice * g->rows + i], start = i * FB_ROW + slice * list->slice;
     const REAL *value = (const REAL *)list->value + start;
     const uint16_t *offset = list->offset + start;
-    const char *b = (const char *)((const REAL *)g->b + p * g->b_panel);
-    const ptrdiff_t b_panel = g->b_panel;
+    const char *b = (const char *)((const REAL *)g->b + p * g->depth * PANEL);
+    const ptrdiff_t b_panel = g->depth * PANEL;
     VEC s[FB_TILE_VECS];
-    FB_PREFETCH(value + FB_LIST_ROW);
-    FB_PREFETCH(value + FB_LIST_ROW + PANEL);
-    FB_PREFETCH(offset + FB_LIST_ROW);
+    FB_PREFETCH(value + FB_ROW);
+    FB_PREFETCH(value + FB_ROW + PANEL);
+    FB_PREFETCH(offset + FB_ROW);
     if (last) {
         const FN(place) below = FN(place_at)(g, i + 1, p * PANEL);
         FB_UNROLL
@@ -327,9 +342,9 @@ FB_INLINE void FN(sparse_row)(const int panels, const fb_product *g, const fb_no
     }
     REAL scratch[FB_TILE_PANELS(1) * FB_PANEL_BYTES / sizeof(REAL)] = {0};
     if (!g->first)
-        FN(copy_rows)(1, left, at.from, 0, scratch, 0);
+        FN(copy)(at.from, 0, 1, left, scratch, 0);
     FN(finish_tile)(1, vecs, g, s, bias, (FN(place)){scratch, scratch, 0, 0});
-    FN(copy_rows)(1, left, scratch, 0, at.to, 0);
+    FN(copy)(scratch, 0, 1, left, at.to, 0);
 }
 
 /* A group of panels x a slice of k of B is 24 KB, at home in L1 for all rows; the next one is fetched to L2 in passing. */
@@ -341,14 +356,14 @@ static void FN(product_sparse)(const fb_product *g, const fb_nonzeros *list)
     for (ptrdiff_t group = 0; group < groups; group++) {
         const ptrdiff_t p = group * panels / groups, wide = (group + 1) * panels / groups - p;
         for (ptrdiff_t slice = 0; slice < slices; slice++) {
-            const ptrdiff_t next = slice + 1 < slices ? p * g->b_panel + (slice + 1) * list->slice * PANEL
-                                                      : (p + wide) * g->b_panel;
+            const ptrdiff_t next = slice + 1 < slices ? (p * g->depth + (slice + 1) * list->slice) * PANEL
+                                                      : (p + wide) * g->depth * PANEL;
             const char *ahead = (const char *)((const REAL *)g->b + next);
             for (ptrdiff_t i = 0; i < g->rows; i++) {
                 REAL *sums = (REAL *)list->sums + i * FB_TILE_PANELS(1) * PANEL;
                 for (ptrdiff_t l = i * list->slice / g->rows; fetch && l < (i + 1) * list->slice / g->rows; l++)
                     for (ptrdiff_t q = 0; q < wide; q++)
-                        FB_PREFETCH_L2(ahead + q * g->b_panel * (ptrdiff_t)sizeof(REAL) + l * 64);
+                        FB_PREFETCH_L2(ahead + (q * g->depth + l) * FB_PANEL_BYTES);
                 switch (wide) {
 #define FB_PANEL_CASE(n)                                                                                              \
     case n:                                                                                                           \
@@ -618,6 +633,7 @@ static const struct fb_kernels FN(kernels) = {
     .tier = FB_STR(FB_TIER),
     .size = sizeof(REAL),
     .panel = FB_PANEL_BYTES / sizeof(REAL),
+    .copy = FN(copy),
     .product = FN(product),
     .sample = FN(sample),
     .compress = FN(compress),
@@ -637,4 +653,5 @@ static const struct fb_kernels FN(kernels) = {
 #undef FN
 #undef PANEL
 #undef PANEL_VECS
+#undef FB_STRIP
 #undef FB_BITS

@@ -1,7 +1,8 @@
 /* fb_matmul.c - the loops around the matmul kernels, and the operations that are one matrix product each.
  *
  * Loops are numbered as in the BLIS papers: 5 columns of C, 4 blocks of 256 k, 3 rows of C; the kernel holds 2 (panels)
- * and 1 (row tiles). A block of k is a block of the chain, so the order of the loops cannot be seen in the result.
+ * and 1 (row tiles). Outermost is loop 3, in the callers: it stages a tile of rows of A. A block of k is a block of the
+ * chain, so the order of the loops cannot be seen in the result.
  */
 #include "fb_kernels.h"
 
@@ -19,53 +20,74 @@ static double dense_from(ptrdiff_t rows)
 static const double SKIP_WORK = 50000;
 
 enum {
+    FEWEST_ROWS = 12,  /* staged at a time, however long they are */
     COLUMNS = 256,     /* columns of C per pass over A: their part of C stays in L2 from one block of k to the next */
     MIX_COLUMNS = 1024 /* columns of X packed at a time: 256 x 1024 float are 1 MB */
 };
 
-void fb_matmul(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
-               ptrdiff_t first_col, ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals)
+static ptrdiff_t row_bytes(const struct fb_kernels *k, ptrdiff_t depth)
 {
-    const ptrdiff_t padded = fb_round_up(b->n, k->panel), step = fb_even(rows, FB_ROWS);
-    for (ptrdiff_t i = 0; i < rows; i += step)            /* loop 3 */
-        for (ptrdiff_t j = 0; j < cols; j += COLUMNS) {   /* loop 5 */
-            ptrdiff_t k0 = 0;
-            do { /* loop 4: one block at least, so that an empty sum is +0.0 */
-                const ptrdiff_t depth = fb_min(FB_BLOCK, b->k - k0);
-                k->product(&(fb_product){
-                    .a = fb_at(a, i * a_row + k0, k->size),
-                    .a_row = a_row,
-                    .b = fb_at(b->data, k0 * padded + (first_col + j) * depth, k->size),
-                    .b_k = k->panel,
-                    .b_panel = depth * k->panel,
-                    .bias = bias ? fb_at(bias, j, k->size) : NULL,
-                    .c = fb_at(c, i * c_row + j, k->size),
-                    .c_row = c_row,
-                    .t = totals ? totals : fb_at(c, i * c_row + j, k->size),
-                    .t_row = totals ? FB_LIST_ROW : c_row,
-                    .rows = fb_min(step, rows - i),
-                    .cols = fb_min(COLUMNS, cols - j),
-                    .depth = depth,
-                    .first = k0 == 0,
-                    .last = k0 + depth == b->k,
-                    .relu = relu,
-                });
-                k0 += FB_BLOCK;
-            } while (k0 < b->k);
-        }
+    return fb_max(1, (depth + FB_BLOCK - 1) / FB_BLOCK) * FB_ROW * k->size;
+}
+
+ptrdiff_t fb_stage_rows(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth)
+{
+    return fb_even(rows, fb_max(FEWEST_ROWS, fb_min(FB_ROWS, FB_STAGE_BYTES / row_bytes(k, depth))));
+}
+
+ptrdiff_t fb_stage_bytes(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth)
+{
+    return rows * row_bytes(k, depth);
+}
+
+void fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, void *stage)
+{
+    for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_BLOCK)
+        k->copy(fb_at(a, k0, k->size), a_row, rows, fb_min(FB_BLOCK, depth - k0),
+                fb_at(stage, k0 / FB_BLOCK * rows * FB_ROW, k->size), FB_ROW);
+}
+
+void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
+               ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals)
+{
+    const ptrdiff_t padded = fb_round_up(b->n, k->panel);
+    for (ptrdiff_t j = 0; j < cols; j += COLUMNS) { /* loop 5 */
+        ptrdiff_t k0 = 0;
+        do { /* loop 4: one block at least, so that an empty sum is +0.0 */
+            const ptrdiff_t depth = fb_min(FB_BLOCK, b->k - k0);
+            k->product(&(fb_product){
+                .a = fb_at(stage, k0 / FB_BLOCK * rows * FB_ROW, k->size),
+                .a_row = FB_ROW,
+                .b = fb_at(b->data, k0 * padded + (first_col + j) * depth, k->size),
+                .bias = bias ? fb_at(bias, j, k->size) : NULL,
+                .c = fb_at(c, j, k->size),
+                .c_row = c_row,
+                .t = totals ? totals : fb_at(c, j, k->size),
+                .t_row = totals ? FB_ROW : c_row,
+                .rows = rows,
+                .cols = fb_min(COLUMNS, cols - j),
+                .depth = depth,
+                .first = k0 == 0,
+                .last = k0 + depth == b->k,
+                .relu = relu,
+            });
+            k0 += FB_BLOCK;
+        } while (k0 < b->k);
+    }
 }
 
 /* ---- a product that skips zeros of A */
 
 ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, int in_place)
 {
-    const ptrdiff_t value = in_place ? 0 : rows * FB_LIST_ROW * k->size, offset = rows * FB_LIST_ROW * 2;
+    const ptrdiff_t value = in_place ? 0 : rows * FB_ROW * k->size, offset = rows * FB_ROW * 2;
     const ptrdiff_t count = rows * FB_BLOCK / FB_SLICE * 2;
     return value + fb_round_up(offset, 64) + fb_round_up(count, 64) + rows * FB_SUMS_BYTES;
 }
 
 void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, int in_place, void *workspace)
 {
+    g->stage = workspace;
     /* Look at every fourth tile of 6 rows, not at the data's meaning. A tile costs its span, a row its nonzeros. */
     enum { TILE = 6, EVERY = 4 };
     ptrdiff_t seen = 0, spans = 0, nonzeros = 0;
@@ -89,10 +111,10 @@ void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, 
     fb_nonzeros list = {.value = (void *)g->a, .slice = nonzeros * 8 < seen ? FB_BLOCK : FB_SLICE};
     if (!in_place) {
         list.value = at;
-        at += g->rows * FB_LIST_ROW * k->size;
+        at += g->rows * FB_ROW * k->size;
     }
     list.offset = (void *)at;
-    at += fb_round_up(g->rows * FB_LIST_ROW * 2, 64);
+    at += fb_round_up(g->rows * FB_ROW * 2, 64);
     list.count = (void *)at;
     at += fb_round_up(g->rows * FB_BLOCK / FB_SLICE * 2, 64);
     list.sums = at;
@@ -106,9 +128,11 @@ typedef struct project_task {
     const struct fb_kernels *k;
     const void *x, *bias;
     const fb_panels *w;
-    void *out, *totals;
+    void *out;
+    char *workspace; /* of each part: a stage, and totals if they have a place of their own */
+    ptrdiff_t workspace_part, stage_bytes;
     ptrdiff_t rows;
-    int relu, by_columns;
+    int relu, totals, by_columns;
 } project_task;
 
 static void project_part(void *context, int part, int parts)
@@ -116,31 +140,42 @@ static void project_part(void *context, int part, int parts)
     const project_task *t = context;
     const fb_panels *w = t->w;
     const ptrdiff_t size = t->k->size;
-    ptrdiff_t i = 0, rows = t->rows, first = 0, cols = w->n;
+    char *stage = t->workspace + part * t->workspace_part, *totals = t->totals ? stage + t->stage_bytes : NULL;
+    ptrdiff_t i = 0, end = t->rows, first = 0, cols = w->n;
     if (t->by_columns) {
         fb_columns_of(t->k, w->n, part, parts, &first, &cols);
     } else {
         i = t->rows * part / parts;
-        rows = t->rows * (part + 1) / parts - i;
+        end = t->rows * (part + 1) / parts;
     }
-    fb_matmul(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL,
-              t->relu, fb_at(t->out, i * w->n + first, size), w->n,
-              t->totals ? fb_at(t->totals, part * FB_ROWS * FB_LIST_ROW, size) : NULL);
+    const ptrdiff_t tile = fb_stage_rows(t->k, end - i, w->k);
+    for (ptrdiff_t rows; i < end; i += rows) { /* loop 3 */
+        rows = fb_min(tile, end - i);
+        fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, stage);
+        fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL, t->relu,
+                  fb_at(t->out, i * w->n + first, size), w->n, totals);
+    }
 }
 
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
                           const void *bias, int relu, void *out)
 {
-    project_task t = {k, x, bias, w, out, NULL, rows, relu, 0};
+    if (w->n == 0)
+        return FB_OK;
+    project_task t = {.k = k, .x = x, .bias = bias, .w = w, .out = out, .rows = rows, .relu = relu};
     const int parts = fb_parts((double)rows * (double)w->n * (double)w->k, fb_max(rows, w->n / k->panel));
     /* Several blocks of k and long rows of C: totals in C would share few cache sets (up_project 128 x 768 -> 3072:
      * 85 % of the FMA peak with the totals in C). */
-    const int staged = w->k > FB_BLOCK && w->n > COLUMNS && rows > 16;
-    if (staged && !(t.totals = fb_alloc(parts * FB_ROWS, FB_LIST_ROW, k->size)))
-        return FB_NO_MEMORY;
+    t.totals = w->k > FB_BLOCK && w->n > COLUMNS && rows > 16;
     t.by_columns = rows < FB_FEW_ROWS * parts;
+    const ptrdiff_t tile = fb_stage_rows(k, t.by_columns ? rows : (rows + parts - 1) / parts, w->k);
+    FB_SCRATCH(stack);
+    t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, w->k), 64);
+    t.workspace_part = t.stage_bytes + (t.totals ? tile * FB_ROW * k->size : 0);
+    if (!(t.workspace = fb_workspace(stack, parts, t.workspace_part)))
+        return FB_NO_MEMORY;
     fb_parallel(project_part, &t, parts);
-    fb_free(t.totals);
+    fb_workspace_free(stack, t.workspace);
     return FB_OK;
 }
 
@@ -158,33 +193,7 @@ fb_status fb_project(fb_dtype dtype, const void *x, ptrdiff_t rows, const fb_pan
 ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t positions, ptrdiff_t features)
 {
     const ptrdiff_t cols = fb_round_up(fb_min(MIX_COLUMNS, features), k->panel);
-    return (fb_min(FB_BLOCK, positions) * cols + k->panel) * k->size + fb_skip_workspace(k, fb_min(FB_ROWS, rows), 0);
-}
-
-/* Columns j .. j + cols of g->depth positions as an operand B, returned in b, b_k and b_panel of g; returns whether its
- * zeros may be skipped: it is packed and finite. A small product reads x as it is, if it is whole panels wide, or one
- * narrow panel (copied, for the kernel reads beyond its last row). Columns beyond cols may then hold anything. */
-static int mixing_operand(const struct fb_kernels *k, const void *x, ptrdiff_t features, ptrdiff_t j, ptrdiff_t cols,
-                          void *packed, fb_product *g)
-{
-    const ptrdiff_t size = k->size;
-    const int small = (double)g->rows * (double)g->depth * (double)cols < SKIP_WORK;
-    g->b = packed;
-    g->b_k = features;
-    if (small && features <= k->panel) {
-        memcpy(packed, x, (size_t)(g->depth * features * size));
-        memset(fb_at(packed, g->depth * features, size), 0, FB_PANEL_BYTES);
-        return 0;
-    }
-    if (small && features % k->panel == 0) {
-        g->b = fb_at(x, j, size);
-        g->b_panel = k->panel;
-        return 0;
-    }
-    fb_panels_from_rows(k, fb_at(x, j, size), features, g->depth, cols, packed);
-    g->b_k = k->panel;
-    g->b_panel = g->depth * k->panel;
-    return !small && k->all_finite(packed, g->depth * fb_round_up(cols, k->panel));
+    return fb_min(FB_BLOCK, positions) * cols * k->size + fb_skip_workspace(k, fb_min(FB_ROWS, rows), 0);
 }
 
 void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
@@ -209,7 +218,10 @@ void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weig
                 .first = k0 == 0,
                 .last = k0 + FB_BLOCK >= positions,
             };
-            const int finite = mixing_operand(k, fb_at(x, k0 * features, size), features, j, cols, workspace, &g);
+            g.b = workspace;
+            fb_panels_from_rows(k, fb_at(x, k0 * features + j, size), features, g.depth, cols, workspace);
+            const int finite = (double)rows * (double)g.depth * (double)cols >= SKIP_WORK
+                               && k->all_finite(workspace, g.depth * fb_round_up(cols, k->panel));
             for (ptrdiff_t i = 0; i < rows; i += FB_ROWS) {
                 g.rows = fb_min(FB_ROWS, rows - i);
                 fb_product_skipping(k, &g, finite, 0, (char *)workspace + packed);
@@ -247,6 +259,8 @@ static void mix_part(void *context, int part, int parts)
 fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights, ptrdiff_t weights_batch, const void *x,
                            ptrdiff_t x_batch, void *out, ptrdiff_t positions, ptrdiff_t features)
 {
+    if (features == 0)
+        return FB_OK;
     const struct fb_kernels *k = fb_kernels_in_use(dtype);
     const int parts = fb_parts((double)batch * (double)positions * (double)positions * (double)features,
                                batch * positions);
@@ -264,6 +278,8 @@ fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights,
 
 fb_status fb_bias_relu(fb_dtype dtype, const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t hidden)
 {
+    if (hidden == 0)
+        return FB_OK;
     fb_fp_mode mode = fb_fp_enter();
     fb_kernels_in_use(dtype)->bias_relu(x, bias, out, rows, hidden);
     fb_fp_leave(mode);

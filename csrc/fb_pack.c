@@ -98,17 +98,10 @@ void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_
                          void *panels)
 {
     char *panel = panels;
-    for (ptrdiff_t j = 0; j < cols; j += k->panel) {
-        const size_t bytes = (size_t)(fb_min(k->panel, cols - j) * k->size);
-        if (bytes == FB_PANEL_BYTES) { /* a constant size: moves instead of calls */
-            for (ptrdiff_t row = 0; row < depth; row++, panel += FB_PANEL_BYTES)
-                memcpy(panel, fb_at(x, row * x_row + j, k->size), FB_PANEL_BYTES);
-            continue;
-        }
-        for (ptrdiff_t row = 0; row < depth; row++, panel += FB_PANEL_BYTES) {
-            memcpy(panel, fb_at(x, row * x_row + j, k->size), bytes);
-            memset(panel + bytes, 0, FB_PANEL_BYTES - bytes);
-        }
+    for (ptrdiff_t j = 0; j < cols; j += k->panel, panel += depth * FB_PANEL_BYTES) {
+        if (cols - j < k->panel)
+            memset(panel, 0, (size_t)(depth * FB_PANEL_BYTES));
+        k->copy(fb_at(x, j, k->size), x_row, depth, fb_min(k->panel, cols - j), panel, k->panel);
     }
 }
 
