@@ -18,10 +18,11 @@ def unless_chosen(option):
 if sys.platform == "win32":
     compile_args, link_args = ["/O2", "/std:c11", "/fp:precise"], []
 else:
+    # -std=gnu11: with c11 gcc computes float in double precision on s390x.
     # -g0: Python's own flags ask for debug information, which would be most of the wheel.
     # -ffp-contract=off stands last, where nothing can undo it: a multiplication followed by an addition
     # is two roundings, and one rounding only where the source says fma.
-    compile_args = [*unless_chosen("-O3"), *unless_chosen("-g0"), "-std=c11", "-fvisibility=hidden", "-pthread"]
+    compile_args = [*unless_chosen("-O3"), *unless_chosen("-g0"), "-std=gnu11", "-fvisibility=hidden", "-pthread"]
     compile_args += ["-Wall", "-Wextra", "-ffp-contract=off"]
     link_args = ["-pthread"]
 

@@ -46,11 +46,16 @@ cdef inline bint is_plain(object a, int kind):
     return PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == kind and PyArray_ISCARRAY_RO(a)
 
 
+cdef cnp.ndarray base_array(object a, str name, str types):
+    """`a` as an exact ndarray: what a subclass says of its shape or dtype may not be what C would read."""
+    if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a numpy.ndarray of {types}, got {type(a).__name__}")
+    return cnp.PyArray_FROM_OF(a, cnp.NPY_ARRAY_ENSUREARRAY)
+
+
 cdef cnp.ndarray as_array(object a, str name):
     """`a` as an ndarray of native float32 or float64; TypeError if it is anything else."""
-    if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected a numpy.ndarray of float32 or float64, got {type(a).__name__}")
-    cdef cnp.ndarray array = a
+    cdef cnp.ndarray array = base_array(a, name, "float32 or float64")
     cdef int kind = cnp.PyArray_TYPE(array)
     if kind != cnp.NPY_FLOAT32 and kind != cnp.NPY_FLOAT64:
         raise TypeError(f"{name}: expected dtype float32 or float64, got {array.dtype}")
@@ -150,12 +155,13 @@ cdef cnp.ndarray target_for(cnp.ndarray out, tuple inputs):
     return np.empty(shape_of(out), out.dtype)
 
 
-cdef object deliver(fb_status status, cnp.ndarray target, object out):
+cdef object deliver(fb_status status, cnp.ndarray target, cnp.ndarray result, object out):
+    """The caller's own `out`, of whatever class, or the new array."""
     if status == FB_NO_MEMORY:
         raise MemoryError("the workspace of the operation cannot be allocated")
-    if target is not out:
-        np.copyto(out, target)
-    return out
+    if target is not result:
+        np.copyto(result, target)
+    return result if out is None else out
 
 
 cdef fb_dtype dtype_of(cnp.ndarray a):
@@ -264,9 +270,9 @@ cdef Packed pack_query_key(tuple arrays, Packed packed):
 cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, object out, str name):
     """out = project(x) for x (..., k)"""
     check_rows(x, name, w.k)
-    out = check_out(out, shape_of(x)[:-1] + (w.n,), x, name)
+    cdef cnp.ndarray result = check_out(out, shape_of(x)[:-1] + (w.n,), x, name)
     x = contiguous(x)
-    cdef cnp.ndarray target = target_for(out, (x,))
+    cdef cnp.ndarray target = target_for(result, (x,))
     cdef const void *source = cnp.PyArray_DATA(x)
     cdef void *destination = cnp.PyArray_DATA(target)
     cdef fb_dtype dtype = dtype_of(x)
@@ -274,21 +280,21 @@ cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, obj
     cdef fb_status status
     with nogil:
         status = fb_project(dtype, source, rows, w, bias, relu, destination)
-    return deliver(status, target, out)
+    return deliver(status, target, result, out)
 
 
 cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
     check_rows(x, "x", params.w1.k)
-    out = check_out(out, shape_of(x), x, "x")
+    cdef cnp.ndarray result = check_out(out, shape_of(x), x, "x")
     x = contiguous(x)
-    cdef cnp.ndarray target = target_for(out, (x,))
+    cdef cnp.ndarray target = target_for(result, (x,))
     cdef const void *source = cnp.PyArray_DATA(x)
     cdef void *destination = cnp.PyArray_DATA(target)
     cdef Py_ssize_t rows = rows_of(x)
     cdef fb_status status
     with nogil:
         status = fb_feed_forward(params, source, rows, destination)
-    return deliver(status, target, out)
+    return deliver(status, target, result, out)
 
 
 cdef tuple mixing_arguments(object weights, cnp.ndarray x, object out):
@@ -313,8 +319,8 @@ cdef tuple mixing_arguments(object weights, cnp.ndarray x, object out):
             a = np.broadcast_to(a, lead + shape_of(a)[-2:])
         if x_lead and x_lead != lead:
             x = np.broadcast_to(x, lead + shape[-2:])
-    out = check_out(out, lead + shape[-2:], x, "x")
-    return contiguous(a), contiguous(x), out
+    cdef cnp.ndarray result = check_out(out, lead + shape[-2:], x, "x")
+    return contiguous(a), contiguous(x), result
 
 
 cdef tuple broadcast_lead(tuple a, tuple b):
@@ -345,8 +351,7 @@ cdef cnp.ndarray check_key_mask(object key_mask, cnp.ndarray x):
     """key_mask as a contiguous bool array of the shape of x without its features, or None."""
     if key_mask is None:
         return None
-    if not isinstance(key_mask, np.ndarray) or isinstance(key_mask, np.ma.MaskedArray):
-        raise TypeError(f"key_mask: expected a numpy.ndarray of bool, got {type(key_mask).__name__}")
+    key_mask = base_array(key_mask, "key_mask", "bool")
     if cnp.PyArray_TYPE(key_mask) != cnp.NPY_BOOL:
         raise TypeError(f"key_mask: expected dtype bool, got {key_mask.dtype}")
     shape = shape_of(x)[:-1]
@@ -366,7 +371,7 @@ cdef const uint8_t *mask_data(cnp.ndarray key_mask):
 
 cdef run_block(const fb_params *params, object x_, object weights, bint causal, object key_mask, object out):
     """Block.__call__ for any arguments."""
-    cdef cnp.ndarray x = as_array(x_, "x"), a = None, mask = None, target
+    cdef cnp.ndarray x = as_array(x_, "x"), a = None, mask = None, result, target
     if dtype_of(x) != params.dtype:
         raise TypeError(f"x: expected dtype {'float32' if params.dtype == FB_F32 else 'float64'} "
                         f"(as the block), got {x.dtype}")
@@ -376,15 +381,15 @@ cdef run_block(const fb_params *params, object x_, object weights, bint causal, 
         if causal or key_mask is not None:
             raise ValueError("causal, key_mask: they belong to the block's own query-key module and "
                              "cannot be combined with weights")
-        a, x, out = mixing_arguments(weights, x, out)
+        a, x, result = mixing_arguments(weights, x, out)
     else:
         if params.w_q.data == NULL:
             raise ValueError("weights: expected an attention weight matrix of shape (..., P, P), got None, and the "
                              "block has no query-key module of its own (w_q, w_k)")
         mask = check_key_mask(key_mask, x)
-        out = check_out(out, shape_of(x), x, "x")
+        result = check_out(out, shape_of(x), x, "x")
         x = contiguous(x)
-    target = target_for(out, (x, a, mask))
+    target = target_for(result, (x, a, mask))
     cdef const void *source = cnp.PyArray_DATA(x)
     cdef const void *mixing = NULL if a is None else cnp.PyArray_DATA(a)
     cdef void *destination = cnp.PyArray_DATA(target)
@@ -395,7 +400,7 @@ cdef run_block(const fb_params *params, object x_, object weights, bint causal, 
     with nogil:
         status = fb_block(params, batch, source, x_batch, positions, mixing, weights_batch, causal, mask_bytes,
                           destination)
-    return deliver(status, target, out)
+    return deliver(status, target, result, out)
 
 
 # ---- operations
@@ -441,9 +446,9 @@ def mix_positions(weights, x, *, out=None):
     array([[11., 22., 33.],
            [10., 20., 30.]], dtype=float32)
     """
-    cdef cnp.ndarray x_array = as_array(x, "x"), a, target
-    a, x_array, out = mixing_arguments(weights, x_array, out)
-    target = target_for(out, (a, x_array))
+    cdef cnp.ndarray x_array = as_array(x, "x"), a, result, target
+    a, x_array, result = mixing_arguments(weights, x_array, out)
+    target = target_for(result, (a, x_array))
     cdef const void *mixing = cnp.PyArray_DATA(a)
     cdef const void *source = cnp.PyArray_DATA(x_array)
     cdef void *destination = cnp.PyArray_DATA(target)
@@ -453,7 +458,7 @@ def mix_positions(weights, x, *, out=None):
     cdef fb_status status
     with nogil:
         status = fb_mix_positions(dtype, batch, mixing, a_batch, source, x_batch, destination, positions, features)
-    return deliver(status, target, out)
+    return deliver(status, target, result, out)
 
 
 def bias_relu(x, bias, *, out=None):
@@ -498,9 +503,9 @@ def bias_relu(x, bias, *, out=None):
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape("x", "(..., F)", x_array)
     b = check_bias(b, "bias", last_dim(x_array), x_array, "x")
-    out = check_out(out, shape_of(x_array), x_array, "x")
+    cdef cnp.ndarray result = check_out(out, shape_of(x_array), x_array, "x")
     x_array = contiguous(x_array)
-    target = target_for(out, (x_array, b))
+    target = target_for(result, (x_array, b))
     cdef const void *source = cnp.PyArray_DATA(x_array)
     cdef const void *bias_data = cnp.PyArray_DATA(b)
     cdef void *destination = cnp.PyArray_DATA(target)
@@ -509,7 +514,7 @@ def bias_relu(x, bias, *, out=None):
     cdef fb_status status
     with nogil:
         status = fb_bias_relu(dtype, source, bias_data, destination, rows, hidden)
-    return deliver(status, target, out)
+    return deliver(status, target, result, out)
 
 
 def up_project(x, w1, b1=None, *, out=None):
@@ -606,12 +611,12 @@ cdef project_once(object x, str x_name, object w, str w_name, str n_name, object
         raise wrong_shape(x_name, f"(..., {'D' if relu else 'F'})", x_array)
     check_matrix(w_array, w_name, n_name, last_dim(x_array))
     cdef cnp.ndarray bias = check_bias(b, b_name, cnp.PyArray_DIM(w_array, 0), x_array, x_name)
-    out = check_out(out, shape_of(x_array)[:-1] + (cnp.PyArray_DIM(w_array, 0),), x_array, x_name)
+    cdef cnp.ndarray result = check_out(out, shape_of(x_array)[:-1] + (cnp.PyArray_DIM(w_array, 0),), x_array, x_name)
     cdef Packed packed = Packed()
     packed.params.dtype = dtype_of(x_array)
     pack(w_array, &packed.params.w1)
     pack_bias(bias, &packed.params.b1)
-    return project(x_array, &packed.params.w1, packed.params.b1, relu, out, x_name)
+    return project(x_array, &packed.params.w1, packed.params.b1, relu, result if out is None else out, x_name)
 
 
 def feed_forward(x, w1, b1, w2, b2, *, out=None):
@@ -663,9 +668,9 @@ def feed_forward(x, w1, b1, w2, b2, *, out=None):
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape("x", "(..., D)", x_array)
     arrays = check_feed_forward(w1, b1, w2, b2, x_array, "x")
-    out = check_out(out, shape_of(x_array), x_array, "x")
+    cdef cnp.ndarray result = check_out(out, shape_of(x_array), x_array, "x")
     cdef Packed packed = pack_feed_forward(arrays, Packed())
-    return run_feed_forward(&packed.params, x_array, out)
+    return run_feed_forward(&packed.params, x_array, result if out is None else out)
 
 
 def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask=None, out=None):
@@ -723,9 +728,9 @@ def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask
     arrays = check_query_key(w_q, w_k, b_q, b_k, x_array, "x", last_dim(x_array))
     cdef cnp.ndarray mask = check_key_mask(key_mask, x_array)
     cdef Py_ssize_t positions = cnp.PyArray_DIM(x_array, cnp.PyArray_NDIM(x_array) - 2)
-    out = check_out(out, shape_of(x_array)[:-1] + (positions,), x_array, "x")
+    cdef cnp.ndarray result = check_out(out, shape_of(x_array)[:-1] + (positions,), x_array, "x")
     x_array = contiguous(x_array)
-    target = target_for(out, (x_array, mask))
+    target = target_for(result, (x_array, mask))
     cdef Packed packed = pack_query_key(arrays, Packed())
     cdef const void *source = cnp.PyArray_DATA(x_array)
     cdef void *destination = cnp.PyArray_DATA(target)
@@ -735,7 +740,7 @@ def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask
     cdef fb_status status
     with nogil:
         status = fb_attention_weights(&packed.params, batch, source, positions, is_causal, mask_bytes, destination)
-    return deliver(status, target, out)
+    return deliver(status, target, result, out)
 
 
 # ---- the block

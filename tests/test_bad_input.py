@@ -226,6 +226,34 @@ def test_array_subclasses(tmp_path, same_bytes):
         same_bytes(out, expected, call)
 
 
+class Liar(np.ndarray):
+    """Says something else of itself than what its memory holds."""
+
+    shape = property(lambda self: (1, 2**20))
+    ndim = property(lambda self: 7)
+    dtype = property(lambda self: np.dtype(np.float64))
+    flags = property(lambda self: None)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_array_that_lies(call, same_bytes):
+    """What counts is the memory that an array has, not what its class says."""
+    function, shapes, result = CALLS[call]
+    good = arrays(shapes)
+    lying = {name: array.view(Liar) for name, array in good.items()}
+    if result is None:
+        x = arrays({"x": (P, D)})["x"]
+        same_bytes(function(**lying)(x), function(**good)(x), call)
+        return
+    plain = np.empty(result, np.float32)
+    out = plain.view(Liar)
+    assert function(**lying, out=out) is out
+    same_bytes(plain, function(**good), call)
+    if "own weights" in call:
+        mask = np.arange(P) % 2 == 0
+        same_bytes(function(**good, key_mask=mask.view(Liar)), function(**good, key_mask=mask), call)
+
+
 # ---- nothing to do, and too much to do
 
 
@@ -271,6 +299,23 @@ def test_empty(sizes, dtype, same_bytes, every_tier):
             expected = reference.block(x, w1, b1, w2, b2, **query_key, **rule)
             same_bytes(block(x, **rule), expected, f"block, {rule}")
         same_bytes(block.feed_forward(x), reference.feed_forward(x, w1, b1, w2, b2), "Block.feed_forward")
+
+
+def test_many_positions_without_features(dtype):
+    """Nothing is written, so nothing takes time: 2**40 positions of no features."""
+    many = 2**40
+    x, weights, w1, w2, bias = (np.zeros(shape, dtype) for shape in ((many, 1, 0), (1, 1), (3, 0), (0, 3), 0))
+    block = fastblock.Block(w1, None, w2, None, w_q=w1, w_k=w1)
+    for result in (
+        fastblock.mix_positions(weights, x),
+        fastblock.bias_relu(x, bias),
+        fastblock.up_project(x, w1[:0]),
+        fastblock.feed_forward(x, w1, None, w2, None),
+        block.feed_forward(x),
+        block(x, weights),
+        block(x),
+    ):
+        assert result.shape == x.shape
 
 
 def huge(*shape):
