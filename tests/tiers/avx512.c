@@ -1,0 +1,70 @@
+/* avx512.c - stands in for csrc/fb_kernels_avx512.c where the CPU has AVX2 only: SIMDe does in halves of 256 bits what
+ * AVX-512 does at once. Compile with -mavx2 -mfma, so that the halves of an fma are fused.
+ */
+#include <immintrin.h> /* first: where fb_simd_avx512.h includes it, it is empty, and SIMDe's names stay */
+#include <math.h>
+#include <string.h>
+
+#if !defined(__FMA__) || defined(__AVX512F__)
+#error "compile this with -mavx2 -mfma and without AVX-512"
+#endif
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+/* Conversions that SIMDe 0.7.4 lacks: both halves, or lane by lane. */
+static __m512d halves_cvtps_pd(__m256 v)
+{
+    simde__m512d_private r;
+    r.m256d[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    r.m256d[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    return simde__m512d_from_private(r);
+}
+static __m256 halves_cvtpd_ps(__m512d v)
+{
+    const simde__m512d_private x = simde__m512d_to_private(v);
+    return _mm256_set_m128(_mm256_cvtpd_ps(x.m256d[1]), _mm256_cvtpd_ps(x.m256d[0]));
+}
+static __m256i lanes_cvtepi32_epi16(__m512i v)
+{
+    int32_t from[16];
+    int16_t to[16];
+    __m256i r;
+    memcpy(from, &v, sizeof from);
+    for (int i = 0; i < 16; i++)
+        to[i] = (int16_t)from[i];
+    memcpy(&r, to, sizeof r);
+    return r;
+}
+static __m128i lanes_cvtepi64_epi16(__m512i v)
+{
+    int64_t from[8];
+    int16_t to[8];
+    __m128i r;
+    memcpy(from, &v, sizeof from);
+    for (int i = 0; i < 8; i++)
+        to[i] = (int16_t)from[i];
+    memcpy(&r, to, sizeof r);
+    return r;
+}
+#define _mm512_cvtps_pd halves_cvtps_pd
+#define _mm512_cvtpd_ps halves_cvtpd_ps
+#define _mm512_cvtepi32_epi16 lanes_cvtepi32_epi16
+#define _mm512_cvtepi64_epi16 lanes_cvtepi64_epi16
+
+#include "fb_kernels.h"
+
+/* A vector is memory here, not a register: inlined and unrolled the tiles would gain nothing and compile for minutes. */
+#undef FB_INLINE
+#undef FB_UNROLL
+#undef FB_UNROLL_K
+#define FB_INLINE static inline
+#define FB_UNROLL
+#define FB_UNROLL_K
+
+#define FB_TIER avx512
+#include "fb_simd_avx512.h"
+#define FB_BITS 32
+#include "fb_kernels_template.h"
+#define FB_BITS 64
+#include "fb_kernels_template.h"
+const struct fb_kernels *const fb_kernels_avx512[2] = {&fb_kernels_f32_avx512, &fb_kernels_f64_avx512};
