@@ -20,7 +20,7 @@ enum {
     FB_ROWS = 192,
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 6 panels of B are 24 KB, at home in L1 */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
-    FB_STACK_BYTES = 16384, /* workspaces up to this size are on the stack */
+    FB_STACK_BYTES = 32768, /* workspaces up to this size are on the stack */
     /* Elements from one row of a left operand to the next: an odd number of cache lines, so that rows do not all fall
      * into the same cache sets. */
     FB_ROW = FB_BLOCK + 16,

@@ -424,13 +424,17 @@ static int FN(all_finite)(const void *x_, ptrdiff_t n)
     FB_UNROLL                                                                                                         \
     for (int i = 0; i < n; i++)
 
+/* Limits beyond which exp is 0 and infinity; a NaN stays. */
+FB_INLINE VEC FN(exp_clamp)(const REAL low, const REAL high, VEC x)
+{
+    return V(min)(V(splat)(&high), V(max)(V(splat)(&low), x));
+}
+
 /* x = 2**n * e**r, |r| <= ln(2)/2: returns r_high and r in place of x, and t = n + 1.5 * 2**52 */
-FB_INLINE void FN(exp_reduce)(const int n, const double low, const double high, fb_f64_vec *x, fb_f64_vec *r,
-                              fb_f64_vec *t)
+FB_INLINE void FN(exp_reduce)(const int n, fb_f64_vec *x, fb_f64_vec *r, fb_f64_vec *t)
 {
     static const double round = 0x1.8p52, inv_ln2 = 0x1.71547652b82fep+0;
     static const double ln2_high = -0x1.62e42fefa38p-1, ln2_low = -0x1.ef35793c7673p-45;
-    FB_EACH_VEC x[i] = fb_f64_min(fb_f64_splat(&high), fb_f64_max(fb_f64_splat(&low), x[i]));
     FB_EACH_VEC t[i] = fb_f64_fma(x[i], fb_f64_splat(&inv_ln2), fb_f64_splat(&round));
     FB_EACH_VEC r[i] = fb_f64_sub(t[i], fb_f64_splat(&round));
     FB_EACH_VEC x[i] = fb_f64_fma(r[i], fb_f64_splat(&ln2_high), x[i]);
@@ -458,10 +462,11 @@ FB_INLINE void FN(exp_vecs)(const int vecs, VEC *v)
     fb_f64_vec x[MOST], r[MOST], t[MOST], s[MOST];
     FB_UNROLL
     for (int i = 0; i < vecs; i++) {
+        v[i] = FN(exp_clamp)(-150, 130, v[i]);
         x[2 * i] = V(widen_low)(v[i]);
         x[2 * i + 1] = V(widen_high)(v[i]);
     }
-    FN(exp_reduce)(n, -150, 130, x, r, t); /* beyond these limits: 0 and infinity */
+    FN(exp_reduce)(n, x, r, t);
     FN(exp_polynomial)(n, q, (int)(sizeof q / sizeof *q), r, s);
     FB_EACH_VEC s[i] = fb_f64_fma(fb_f64_mul(r[i], r[i]), s[i], r[i]);
     FB_EACH_VEC s[i] = fb_f64_add(fb_f64_splat(&one), s[i]);
@@ -481,7 +486,8 @@ FB_INLINE void FN(exp_vecs)(const int n, VEC *x)
                                0x1.5555555555556p-3,  0x1p-1};
     enum { MOST = 2 };
     VEC r[MOST], t[MOST], s[MOST];
-    FN(exp_reduce)(n, -746, 710, x, r, t);
+    FB_EACH_VEC x[i] = FN(exp_clamp)(-746, 710, x[i]);
+    FN(exp_reduce)(n, x, r, t);
     FN(exp_polynomial)(n, q, (int)(sizeof q / sizeof *q), r, s);
     FB_EACH_VEC {
         VEC whole = V(sub)(t[i], V(splat)(&round)), head = V(add)(V(splat)(&one), x[i]);
@@ -613,17 +619,23 @@ static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff
         else
             for (int i = 0; i < chains; i++)
                 FN(sum_rows)(1, s + i * scores_row, scores_row, longest, ends, total + i);
-        /* 3. A = canonical(e * (1 / r)) */
+        /* 3. A = canonical(e * (1 / r)). A sum of r, at least e**0, is NaN if one score is, or one is infinite: then so
+         * is the whole row; else nothing is, and no product is -0.0. */
         for (int i = 0; i < chains; i++) {
             const REAL *s_row = s + i * scores_row;
             REAL *out = (REAL *)out_ + (i0 + i) * out_row, inv = 1 / total[i];
             const ptrdiff_t n = count[i0 + i];
             const VEC by = V(splat)(&inv);
             ptrdiff_t j = 0;
-            for (; j + LANES <= n; j += LANES)
-                V(store)(out + j, V(canonical)(V(mul)(V(load)(s_row + j), by)));
-            if (j < n)
-                FN(store_first)(out + j, V(canonical)(V(mul)(V(load)(s_row + j), by)), n - j);
+            if (inv == inv) {
+                for (; j + LANES <= n; j += LANES)
+                    V(store)(out + j, V(mul)(V(load)(s_row + j), by));
+                if (j < n)
+                    FN(store_first)(out + j, V(mul)(V(load)(s_row + j), by), n - j);
+            } else {
+                for (; j < n; j += LANES)
+                    FN(store_first)(out + j, V(canonical)(by), fb_min(LANES, n - j));
+            }
             memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));
         }
     }
