@@ -178,9 +178,11 @@ FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL 
         FN(tile)(rows, 1, g, a, b, depth, bias, at, 0, 0);
         return 1;
     }
-    REAL scratch[FB_TILE_ROWS * FB_PANEL_BYTES / sizeof(REAL)] = {0};
-    if (!g->first)
+    REAL scratch[FB_TILE_ROWS * FB_PANEL_BYTES / sizeof(REAL)];
+    if (!g->first) {
+        memset(scratch, 0, sizeof scratch);
         FN(copy)(at.from, at.from_row, rows, left, scratch, PANEL);
+    }
     FN(tile)(rows, 1, g, a, b, depth, bias, (FN(place)){scratch, scratch, PANEL, PANEL}, 0, 0);
     FN(copy)(scratch, PANEL, rows, left, at.to, at.to_row);
     return 1;
@@ -216,7 +218,7 @@ static void FN(product)(const fb_product *g)
     const ptrdiff_t longer_until = (g->rows - tiles * fewest) * (fewest + 1);
     const ptrdiff_t group = FB_TILE_PANELS(fewest);
     /* strips of a tile that fetch: together they fetch the next panel */
-    const ptrdiff_t strips = g->depth / FB_STRIP, fetches = group > 1 ? 0 : (strips + tiles - 1) / tiles;
+    const ptrdiff_t strips = g->depth / FB_STRIP, fetches = group > 1 ? 0 : tiles == 1 ? strips : (strips + tiles - 1) / tiles;
     const int16_t whole[2] = {0, (int16_t)g->depth};
     int16_t range[FB_ROWS][2];
     const REAL *a = g->a;
