@@ -42,6 +42,7 @@
 #define FB_LIKELY(x) __builtin_expect(!!(x), 1)
 /* Constant-bound loops over accumulators: without the pragma gcc 12 keeps the accumulators on the stack. */
 #define FB_UNROLL _Pragma("GCC unroll 16")
+/* k of a tile in one go: 2 is as fast, 8 and 16 are 4 and 10 % slower, for their code leaves the micro-op cache. */
 #define FB_UNROLL_K _Pragma("GCC unroll 4")
 #define FB_PREFETCH(p) __builtin_prefetch((p), 0, 3)
 #define FB_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
