@@ -8,6 +8,7 @@ is the ratio of two contestants within a round, and the median of these ratios o
 
 import multiprocessing
 import os
+import random
 import signal
 import time
 from contextlib import contextmanager, suppress
@@ -219,8 +220,8 @@ class Driver:
     def _take_turns(self, outcomes, progress):
         start, done, rounds = time.perf_counter(), 0, self.rounds
         while done < rounds and (running := [entry for entry in outcomes if outcomes[entry].failure is None]):
-            first = done % len(running)
-            for entry in running[first:] + running[:first]:  # nobody always follows the same neighbour
+            # Another order each time: whoever always followed the same neighbour would always find the cores as it left them.
+            for entry in random.Random(done).sample(running, len(running)):
                 with _noted(outcomes[entry]):
                     outcomes[entry].samples.append(self._worker(entry).ask("sample", entry.case))
             done += 1
