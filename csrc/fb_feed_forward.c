@@ -17,7 +17,7 @@ typedef struct feed_forward {
     void *out;
     void *stage, *hidden; /* by columns: all of x, staged; all of the hidden activations, as staged */
     char *workspace;
-    ptrdiff_t workspace_part, stage_bytes;
+    ptrdiff_t workspace_part, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
 } feed_forward;
 
 /* h (rows x n, FB_ROW apart) = up_project of hidden units f .. f + n, and of the padding up to whole panels */
@@ -75,9 +75,8 @@ static void rows_part(void *context, int part, int parts)
     const ptrdiff_t features = t->params->w1.k, size = t->k->size, end = t->rows * (part + 1) / parts;
     char *stage = t->workspace + part * t->workspace_part;
     ptrdiff_t i = t->rows * part / parts;
-    const ptrdiff_t tile = fb_stage_rows(t->k, end - i, features);
     for (ptrdiff_t rows; i < end; i += rows) {
-        rows = fb_min(tile, end - i);
+        rows = fb_min(t->tile, end - i);
         fb_stage(t->k, fb_at(t->x, i * t->x_row, size), t->x_row, rows, features, stage);
         fb_feed_forward_rows(t->k, t->params, stage, rows, fb_at(t->out, i * features, size), stage + t->stage_bytes);
     }
@@ -117,7 +116,7 @@ fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *param
     const ptrdiff_t blocks = (hidden + FB_BLOCK - 1) / FB_BLOCK;
     const int by_columns = parts > 1 && rows < FB_FEW_ROWS * parts && rows <= FB_ROWS
                            && rows * blocks * FB_ROW * k->size <= (ptrdiff_t)FEW_HIDDEN * parts;
-    const ptrdiff_t tile = fb_stage_rows(k, (rows + parts - 1) / parts, features);
+    const ptrdiff_t tile = t.tile = fb_stage_rows(k, (rows + parts - 1) / parts, features);
     if (by_columns) {
         t.workspace_part = fb_round_up(fb_skip_workspace(k, rows, 0), 64);
         t.stage = fb_alloc(fb_stage_bytes(k, rows, features), 1, 1);

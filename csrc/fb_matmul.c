@@ -130,7 +130,7 @@ typedef struct project_task {
     const fb_panels *w;
     void *out;
     char *workspace; /* of each part: a stage, and totals if they have a place of their own */
-    ptrdiff_t workspace_part, stage_bytes;
+    ptrdiff_t workspace_part, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
     ptrdiff_t rows;
     int relu, totals, by_columns;
 } project_task;
@@ -148,9 +148,8 @@ static void project_part(void *context, int part, int parts)
         i = t->rows * part / parts;
         end = t->rows * (part + 1) / parts;
     }
-    const ptrdiff_t tile = fb_stage_rows(t->k, end - i, w->k);
     for (ptrdiff_t rows; i < end; i += rows) { /* loop 3 */
-        rows = fb_min(tile, end - i);
+        rows = fb_min(t->tile, end - i);
         fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, stage);
         fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL, t->relu,
                   fb_at(t->out, i * w->n + first, size), w->n, totals);
@@ -168,7 +167,7 @@ fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t r
      * 85 % of the FMA peak with the totals in C). */
     t.totals = w->k > FB_BLOCK && w->n > COLUMNS && rows > 16;
     t.by_columns = rows < FB_FEW_ROWS * parts;
-    const ptrdiff_t tile = fb_stage_rows(k, t.by_columns ? rows : (rows + parts - 1) / parts, w->k);
+    const ptrdiff_t tile = t.tile = fb_stage_rows(k, t.by_columns ? rows : (rows + parts - 1) / parts, w->k);
     FB_SCRATCH(stack);
     t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, w->k), 64);
     t.workspace_part = t.stage_bytes + (t.totals ? tile * FB_ROW * k->size : 0);

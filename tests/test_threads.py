@@ -534,3 +534,18 @@ def test_threadpoolctl():
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         assert fastblock.get_num_threads() == 5
     assert fastblock.get_num_threads() == 5
+
+
+@pytest.mark.parametrize("rows", [385, 577])
+def test_parts_of_unequal_rows(rows, dtype, same_bytes):
+    """Cut in two, 385 rows are 192, one tile, and 193, two tiles of 97: the larger tile must have room."""
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, 40)).astype(dtype)
+    block = fastblock.Block(*(rng.standard_normal(shape).astype(dtype) for shape in ((300, 40), 300, (40, 300), 40)))
+    for operation in (block.up_project, block.feed_forward):
+        results = []
+        for count in (1, 2, 3):
+            with fastblock.num_threads(count):
+                results.append(operation(x))
+        for result in results[1:]:
+            same_bytes(result, results[0], f"{operation.__name__} of {rows} rows")
