@@ -9,6 +9,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
 #error "fastblock promises the same bits everywhere: build it without -ffast-math, -Ofast or -ffinite-math-only"
@@ -72,6 +73,18 @@ FB_INLINE int fb_popcount(unsigned x)
     return (int)__popcnt(x);
 #else
     return __builtin_popcount(x);
+#endif
+}
+
+/* Four numbers of 16 bits in one load, the first in the lowest bits. */
+FB_INLINE uint64_t fb_load_offsets(const uint16_t *p)
+{
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    return p[0] | (uint64_t)p[1] << 16 | (uint64_t)p[2] << 32 | (uint64_t)p[3] << 48;
+#else
+    uint64_t four;
+    memcpy(&four, p, sizeof four);
+    return four;
 #endif
 }
 

@@ -18,7 +18,8 @@ enum {
     /* Rows of A in a product at most, and positions of a tile: 192 x 256 float are 192 KB, in a 512 KB L2. Measured at
      * 128 and 512 x 768 -> 3072: 96 rows up to 13 % slower, for each tile reads all weights; 288 rows no faster. */
     FB_ROWS = 192,
-    FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 6 panels of B are 24 KB, at home in L1 */
+    FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 4 panels of B are 16 KB, at home in L1 */
+    FB_STEP = 4,         /* nonzeros taken at a time: their offsets are one word, their values one vector */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
     FB_STACK_BYTES = 32768, /* workspaces up to this size are on the stack */
     /* Elements from one row of a left operand to the next: an odd number of cache lines, so that rows do not all fall
@@ -42,8 +43,9 @@ typedef struct fb_product {
     int skip; /* B is finite: k where a whole row tile of A is zero, at either end of the block, may be left out */
 } fb_product;
 
-/* The nonzeros of A, compressed: row i, slice s (`slice` consecutive k) has count[s*rows + i] of them, from element
- * i*FB_ROW + s*slice of value and offset on. sums: scratch, FB_SUMS_BYTES a row. */
+/* The nonzeros of A, compressed: row i, slice s (`slice` consecutive k) has FB_STEP * count[s*rows + i] of them, from
+ * element i*FB_ROW + s*slice of value and offset on; the last ones may be zeros of some k, to fill up a step. sums:
+ * scratch, FB_SUMS_BYTES a row. */
 typedef struct fb_nonzeros {
     void *value;
     uint16_t *offset, *count;

@@ -10,7 +10,8 @@
 #define FB_TILE_ROWS 6
 #define FB_TILE_PANELS(rows) ((rows) == 1 ? 6 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
 #define FB_TILE_VECS 12
-#define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define FB_SPARSE_PANELS 4 /* loads: see sparse_rows */
+#define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4)
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 
 /* The bit positions of an 8-bit (4-bit) mask, packed to the front, one byte each: permutations for compress. */
@@ -71,6 +72,15 @@ typedef __m256 fb_f32_vec;
 
 FB_INLINE fb_f32_vec fb_f32_zero(void) { return _mm256_setzero_ps(); }
 FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { return _mm256_broadcast_ss(p); }
+/* v[i] = p[i] in all lanes, i < 4 */
+FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
+{
+    const fb_f32_vec x = _mm256_broadcast_ps((const __m128 *)(const void *)p);
+    v[0] = _mm256_permute_ps(x, 0x00);
+    v[1] = _mm256_permute_ps(x, 0x55);
+    v[2] = _mm256_permute_ps(x, 0xaa);
+    v[3] = _mm256_permute_ps(x, 0xff);
+}
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return _mm256_loadu_ps(p); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { _mm256_storeu_ps(p, v); }
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return _mm256_add_ps(a, b); }
@@ -106,6 +116,12 @@ typedef __m256d fb_f64_vec;
 
 FB_INLINE fb_f64_vec fb_f64_zero(void) { return _mm256_setzero_pd(); }
 FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { return _mm256_broadcast_sd(p); }
+FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = fb_f64_splat(p + i);
+}
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return _mm256_loadu_pd(p); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { _mm256_storeu_pd(p, v); }
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return _mm256_add_pd(a, b); }

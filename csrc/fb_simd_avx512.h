@@ -10,6 +10,7 @@
 #define FB_TILE_ROWS 14
 #define FB_TILE_PANELS(rows) ((rows) == 1 ? 8 : (rows) == 2 ? 6 : (rows) == 3 ? 4 : (rows) == 4 ? 3 : 2)
 #define FB_TILE_VECS 28
+#define FB_SPARSE_PANELS 8
 #define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14)
 
@@ -19,6 +20,13 @@ typedef __m512 fb_f32_vec;
 
 FB_INLINE fb_f32_vec fb_f32_zero(void) { return _mm512_setzero_ps(); }
 FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { return _mm512_set1_ps(*p); }
+/* v[i] = p[i] in all lanes, i < 4 */
+FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = fb_f32_splat(p + i);
+}
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return _mm512_loadu_ps(p); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { _mm512_storeu_ps(p, v); }
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return _mm512_add_ps(a, b); }
@@ -55,6 +63,12 @@ typedef __m512d fb_f64_vec;
 
 FB_INLINE fb_f64_vec fb_f64_zero(void) { return _mm512_setzero_pd(); }
 FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { return _mm512_set1_pd(*p); }
+FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = fb_f64_splat(p + i);
+}
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return _mm512_loadu_pd(p); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { _mm512_storeu_pd(p, v); }
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return _mm512_add_pd(a, b); }

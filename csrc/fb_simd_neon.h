@@ -10,6 +10,7 @@
 #define FB_TILE_ROWS 6
 #define FB_TILE_PANELS(rows) ((rows) == 1 ? 6 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
 #define FB_TILE_VECS 24
+#define FB_SPARSE_PANELS 6
 #define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 
@@ -19,6 +20,13 @@ typedef float32x4_t fb_f32_vec;
 
 FB_INLINE fb_f32_vec fb_f32_zero(void) { return vdupq_n_f32(0); }
 FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { return vld1q_dup_f32(p); }
+/* v[i] = p[i] in all lanes, i < 4 */
+FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = fb_f32_splat(p + i);
+}
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return vld1q_f32(p); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { vst1q_f32(p, v); }
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return vaddq_f32(a, b); }
@@ -57,6 +65,12 @@ typedef float64x2_t fb_f64_vec;
 
 FB_INLINE fb_f64_vec fb_f64_zero(void) { return vdupq_n_f64(0); }
 FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { return vld1q_dup_f64(p); }
+FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = fb_f64_splat(p + i);
+}
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return vld1q_f64(p); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { vst1q_f64(p, v); }
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return vaddq_f64(a, b); }

@@ -13,6 +13,7 @@
 #define FB_TILE_ROWS 4
 #define FB_TILE_PANELS(rows) 1
 #define FB_TILE_VECS 16
+#define FB_SPARSE_PANELS 1
 #define FB_PANEL_CASES(X) X(1)
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4)
 
@@ -115,6 +116,13 @@ typedef struct { float lane[FB_F32_LANES]; } fb_f32_vec;
 
 FB_INLINE fb_f32_vec fb_f32_zero(void) { FB_F32(0); }
 FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { FB_F32(*p); }
+/* v[i] = p[i] in all lanes, i < 4 */
+FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = fb_f32_splat(p + i);
+}
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { FB_F32(p[i]); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { memcpy(p, v.lane, sizeof v.lane); }
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] + b.lane[i]); }
@@ -152,6 +160,12 @@ typedef struct { double lane[FB_F64_LANES]; } fb_f64_vec;
 
 FB_INLINE fb_f64_vec fb_f64_zero(void) { FB_F64(0); }
 FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { FB_F64(*p); }
+FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
+{
+    FB_UNROLL
+    for (int i = 0; i < 4; i++)
+        v[i] = fb_f64_splat(p + i);
+}
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { FB_F64(p[i]); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { memcpy(p, v.lane, sizeof v.lane); }
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] + b.lane[i]); }

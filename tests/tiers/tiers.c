@@ -309,7 +309,7 @@ static void run_product_of(ptrdiff_t rows, int flags, int sparse)
         k->compress(a, a_row, rows, depth, &list);
         for (ptrdiff_t s = 0; s * list.slice < depth; s++)
             for (ptrdiff_t i = 0; i < rows; i++) {
-                const ptrdiff_t start = i * FB_ROW + s * list.slice, n = list.count[s * rows + i];
+                const ptrdiff_t start = i * FB_ROW + s * list.slice, n = FB_STEP * list.count[s * rows + i];
                 note((uint64_t)n);
                 note_bits(at(list.value, start), n);
                 for (ptrdiff_t j = 0; j < n; j++)
