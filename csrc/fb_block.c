@@ -1,11 +1,12 @@
 /* fb_block.c - the block, line for line reference.block: attention weights, mixing, feed-forward.
  *
  * The mixed positions exist one tile at a time, like the hidden activations; attention weights of the block's own
- * exist for as many batch items as fit into OWN_WEIGHTS bytes, one at least.
+ * exist for as many batch items as fit into OWN_WEIGHTS bytes, one at least. A block of a few numbers takes a way of
+ * its own, because laying them out for the large kernels takes several times as long as to compute them.
  */
 #include "fb_kernels.h"
 
-enum { OWN_WEIGHTS = 16 << 20 };
+enum { OWN_WEIGHTS = 16 << 20, SMALL_POSITIONS = 32 };
 
 typedef struct block_task {
     const struct fb_kernels *k;
@@ -43,12 +44,40 @@ static void rows_part(void *context, int part, int parts)
     }
 }
 
+/* Features and hidden units that fit into a vector, a few positions: whole batch items. */
+static void small_part(void *context, int part, int parts)
+{
+    const block_task *t = context;
+    const struct fb_kernels *k = t->k;
+    const fb_params *params = t->params;
+    const ptrdiff_t positions = t->positions, features = params->w1.k, hidden = params->w1.n, end = t->batch * (part + 1) / parts;
+    FB_ALIGNED(64) char z[SMALL_POSITIONS * FB_PANEL_BYTES];
+    FB_ALIGNED(64) char h[SMALL_POSITIONS * FB_PANEL_BYTES];
+    fb_product mixing = {.a_row = positions, .c = z, .c_row = k->lanes, .rows = positions, .cols = features, .depth = positions};
+    const fb_product up = {.a = z, .a_row = k->lanes, .b = params->w1.data, .bias = params->b1, .c = h, .c_row = k->lanes,
+                           .rows = positions, .cols = hidden, .depth = features, .relu = 1};
+    fb_product down = {.a = h, .a_row = k->lanes, .b = params->w2.data, .bias = params->b2, .c_row = features,
+                       .rows = positions, .cols = features, .depth = hidden};
+    for (ptrdiff_t b = t->batch * part / parts; b < end; b++) {
+        mixing.a = fb_at(t->weights, b * t->weights_batch, k->size);
+        mixing.b = fb_at(t->x, b * t->x_batch, k->size);
+        down.c = fb_at(t->out, b * positions * features, k->size);
+        k->product_small(&mixing, features);
+        k->product_small(&up, k->panel);
+        k->product_small(&down, k->panel);
+    }
+}
+
 /* The block with the weights in t. */
 static fb_status mix_and_feed_forward(block_task *t)
 {
     const struct fb_kernels *k = t->k;
     const fb_params *params = t->params;
     const ptrdiff_t features = params->w1.k, rows = t->batch * t->positions;
+    if (t->positions <= SMALL_POSITIONS && fb_max(features, params->w1.n) <= k->lanes) {
+        fb_parallel(small_part, t, fb_parts((double)rows * (double)features * (double)(t->positions + 2 * params->w1.n), t->batch));
+        return FB_OK;
+    }
     const int parts = fb_parts((double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n),
                                fb_max(rows, params->w1.n / k->panel));
     const ptrdiff_t tile = t->tile = fb_stage_rows(k, t->positions, features);

@@ -57,10 +57,14 @@ struct fb_kernels {
     const char *tier;
     ptrdiff_t size;  /* bytes of an element */
     ptrdiff_t panel; /* columns of a panel: FB_PANEL_BYTES / size */
+    ptrdiff_t lanes; /* elements of a vector */
     void (*copy)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
     void (*product)(const fb_product *);
     /* The same from the nonzeros of A only; B must be finite. */
     void (*product_sparse)(const fb_product *, const fb_nonzeros *);
+    /* The same for a whole product (first and last) of at most `lanes` columns, without panels: B[k, j] = b[k*b_row + j].
+     * What stands between the rows of C is overwritten. */
+    void (*product_small)(const fb_product *, ptrdiff_t b_row);
     void (*compress)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, const fb_nonzeros *out);
     /* A few rows of A: the k from their first to their last nonzero, and the nonzeros of the first of them. */
     void (*sample)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t *span, ptrdiff_t *nonzeros);

@@ -24,19 +24,6 @@
 #define PANEL_VECS ((int)(FB_PANEL_BYTES / sizeof(VEC)))
 #define FB_STRIP 16 /* k between two looks at what is left */
 
-FB_INLINE VEC FN(load_first)(const REAL *p, ptrdiff_t n)
-{
-    REAL lane[LANES] = {0};
-    memcpy(lane, p, (size_t)n * sizeof(REAL));
-    return V(load)(lane);
-}
-FB_INLINE void FN(store_first)(REAL *p, VEC v, ptrdiff_t n)
-{
-    REAL lane[LANES];
-    V(store)(lane, v);
-    memcpy(p, lane, (size_t)n * sizeof(REAL));
-}
-
 /* Rows of n elements. */
 static void FN(copy)(const void *from_, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to_, ptrdiff_t to_row)
 {
@@ -401,6 +388,31 @@ static void FN(product_sparse)(const fb_product *g, const fb_nonzeros *list)
     }
 }
 
+/* ---- product_small: a whole product of one vector's columns, from operands as they are. A row is stored whole where
+ * the rows below will overwrite what is too much. */
+static void FN(product_small)(const fb_product *g, ptrdiff_t b_row)
+{
+    /* copies: the compiler cannot know that what is stored is not g */
+    const ptrdiff_t rows = g->rows, cols = g->cols, depth = g->depth, a_row = g->a_row, c_row = g->c_row;
+    const int relu = g->relu;
+    const REAL *a = g->a;
+    REAL *c = g->c, *const end = c + (rows - 1) * c_row + cols;
+    const VEC bias = g->bias ? V(load_first)(g->bias, cols) : V(zero)();
+    for (ptrdiff_t i = 0; i < rows; i++, a += a_row, c += c_row) {
+        const REAL *b = g->b;
+        VEC s = V(zero)();
+        for (ptrdiff_t k = 0; k < depth; k++, b += b_row)
+            s = V(fma)(V(splat)(a + k), V(load_first)(b, cols), s);
+        s = V(canonical)(V(add)(s, bias));
+        if (relu)
+            s = V(relu)(s);
+        if (end - c >= LANES)
+            V(store)(c, s);
+        else
+            V(store_first)(c, s, cols);
+    }
+}
+
 /* ---- elementwise */
 
 /* reference.bias_relu */
@@ -413,8 +425,8 @@ static void FN(bias_relu)(const void *x_, const void *bias_, void *out_, ptrdiff
         for (ptrdiff_t j = 0; j < whole; j += LANES)
             V(store)(out + j, V(relu)(V(canonical)(V(add)(V(load)(x + j), V(load)(bias + j)))));
         if (rest) {
-            VEC v = V(add)(FN(load_first)(x + whole, rest), FN(load_first)(bias + whole, rest));
-            FN(store_first)(out + whole, V(relu)(V(canonical)(v)), rest);
+            VEC v = V(add)(V(load_first)(x + whole, rest), V(load_first)(bias + whole, rest));
+            V(store_first)(out + whole, V(relu)(V(canonical)(v)), rest);
         }
     }
 }
@@ -433,7 +445,7 @@ static int FN(all_finite)(const void *x_, ptrdiff_t n)
             sum[i] = V(add)(sum[i], V(mul)(V(load)(x + j + i * LANES), V(zero)()));
     }
     for (; j < n; j += LANES)
-        sum[0] = V(add)(sum[0], V(mul)(FN(load_first)(x + j, fb_min(LANES, n - j)), V(zero)()));
+        sum[0] = V(add)(sum[0], V(mul)(V(load_first)(x + j, fb_min(LANES, n - j)), V(zero)()));
     V(store)(lane, V(add)(V(add)(sum[0], sum[1]), V(add)(sum[2], sum[3])));
     for (int i = 0; i < LANES; i++)
         if (lane[i] != 0)
@@ -531,9 +543,9 @@ static void FN(exp)(const void *x_, void *out_, ptrdiff_t n)
     REAL *out = out_;
     for (ptrdiff_t j = 0; j < n; j += LANES) {
         ptrdiff_t count = fb_min(LANES, n - j);
-        VEC v = FN(load_first)(x + j, count);
+        VEC v = V(load_first)(x + j, count);
         FN(exp_vecs)(1, &v);
-        FN(store_first)(out + j, V(canonical)(v), count);
+        V(store_first)(out + j, V(canonical)(v), count);
     }
 }
 
@@ -544,8 +556,8 @@ static void FN(fma)(const void *a_, const void *b_, const void *c_, void *out_, 
     REAL *out = out_;
     for (ptrdiff_t j = 0; j < n; j += LANES) {
         ptrdiff_t count = fb_min(LANES, n - j);
-        VEC v = V(fma)(FN(load_first)(a + j, count), FN(load_first)(b + j, count), FN(load_first)(c + j, count));
-        FN(store_first)(out + j, v, count);
+        VEC v = V(fma)(V(load_first)(a + j, count), V(load_first)(b + j, count), V(load_first)(c + j, count));
+        V(store_first)(out + j, v, count);
     }
 }
 
@@ -655,10 +667,10 @@ static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff
                 for (; j + LANES <= n; j += LANES)
                     V(store)(out + j, V(mul)(V(load)(s_row + j), by));
                 if (j < n)
-                    FN(store_first)(out + j, V(mul)(V(load)(s_row + j), by), n - j);
+                    V(store_first)(out + j, V(mul)(V(load)(s_row + j), by), n - j);
             } else {
                 for (; j < n; j += LANES)
-                    FN(store_first)(out + j, V(canonical)(by), fb_min(LANES, n - j));
+                    V(store_first)(out + j, V(canonical)(by), fb_min(LANES, n - j));
             }
             memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));
         }
@@ -669,11 +681,13 @@ static const struct fb_kernels FN(kernels) = {
     .tier = FB_STR(FB_TIER),
     .size = sizeof(REAL),
     .panel = FB_PANEL_BYTES / sizeof(REAL),
+    .lanes = LANES,
     .copy = FN(copy),
     .product = FN(product),
     .sample = FN(sample),
     .compress = FN(compress),
     .product_sparse = FN(product_sparse),
+    .product_small = FN(product_small),
     .bias_relu = FN(bias_relu),
     .softmax = FN(softmax),
     .all_finite = FN(all_finite),

@@ -66,6 +66,9 @@ static const uint64_t fb_avx2_compress4[16] = {
     0x0000000007060504, 0x0000070605040100, 0x0000070605040302, 0x0706050403020100,
 };
 
+/* From element 8 - n on: the mask of the first n of 8 lanes. */
+static const int32_t fb_avx2_first[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+
 /* ---- float32 */
 #define FB_F32_LANES 8
 typedef __m256 fb_f32_vec;
@@ -83,6 +86,29 @@ FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
 }
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return _mm256_loadu_ps(p); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { _mm256_storeu_ps(p, v); }
+/* the first n lanes, 0 <= n <= LANES; the others are +0.0, and no memory is touched for them */
+FB_INLINE fb_f32_vec fb_f32_load_first(const float *p, ptrdiff_t n)
+{
+    return _mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *)(const void *)(fb_avx2_first + 8 - n)));
+}
+FB_INLINE void fb_f32_store_first(float *p, fb_f32_vec v, ptrdiff_t n) /* masked stores are slow on Zen 1 to 3 */
+{
+    __m128 part = _mm256_castps256_ps128(v);
+    if (n & 8)
+        _mm256_storeu_ps(p, v);
+    if (n & 4) {
+        _mm_storeu_ps(p, part);
+        part = _mm256_extractf128_ps(v, 1);
+        p += 4;
+    }
+    if (n & 2) {
+        _mm_storel_pi((__m64 *)(void *)p, part);
+        part = _mm_movehl_ps(part, part);
+        p += 2;
+    }
+    if (n & 1)
+        _mm_store_ss(p, part);
+}
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return _mm256_add_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { return _mm256_sub_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { return _mm256_mul_ps(a, b); }
@@ -124,6 +150,23 @@ FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
 }
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return _mm256_loadu_pd(p); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { _mm256_storeu_pd(p, v); }
+FB_INLINE fb_f64_vec fb_f64_load_first(const double *p, ptrdiff_t n)
+{
+    return _mm256_maskload_pd(p, _mm256_loadu_si256((const __m256i *)(const void *)(fb_avx2_first + 8 - 2 * n)));
+}
+FB_INLINE void fb_f64_store_first(double *p, fb_f64_vec v, ptrdiff_t n)
+{
+    __m128d part = _mm256_castpd256_pd128(v);
+    if (n & 4)
+        _mm256_storeu_pd(p, v);
+    if (n & 2) {
+        _mm_storeu_pd(p, part);
+        part = _mm256_extractf128_pd(v, 1);
+        p += 2;
+    }
+    if (n & 1)
+        _mm_store_sd(p, part);
+}
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return _mm256_add_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { return _mm256_sub_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { return _mm256_mul_pd(a, b); }

@@ -29,6 +29,15 @@ FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
 }
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return _mm512_loadu_ps(p); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { _mm512_storeu_ps(p, v); }
+/* the first n lanes, 0 <= n <= LANES; the others are +0.0, and no memory is touched for them */
+FB_INLINE fb_f32_vec fb_f32_load_first(const float *p, ptrdiff_t n)
+{
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+FB_INLINE void fb_f32_store_first(float *p, fb_f32_vec v, ptrdiff_t n)
+{
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
+}
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return _mm512_add_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { return _mm512_sub_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { return _mm512_mul_ps(a, b); }
@@ -71,6 +80,14 @@ FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
 }
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return _mm512_loadu_pd(p); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { _mm512_storeu_pd(p, v); }
+FB_INLINE fb_f64_vec fb_f64_load_first(const double *p, ptrdiff_t n)
+{
+    return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+}
+FB_INLINE void fb_f64_store_first(double *p, fb_f64_vec v, ptrdiff_t n)
+{
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), v);
+}
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return _mm512_add_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { return _mm512_sub_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { return _mm512_mul_pd(a, b); }

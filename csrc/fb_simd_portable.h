@@ -125,6 +125,19 @@ FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
 }
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { FB_F32(p[i]); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { memcpy(p, v.lane, sizeof v.lane); }
+/* the first n lanes, 0 <= n <= LANES; the others are +0.0, and no memory is touched for them */
+FB_INLINE fb_f32_vec fb_f32_load_first(const float *p, ptrdiff_t n)
+{
+    float lane[FB_F32_LANES] = {0};
+    memcpy(lane, p, (size_t)n * sizeof *p);
+    return fb_f32_load(lane);
+}
+FB_INLINE void fb_f32_store_first(float *p, fb_f32_vec v, ptrdiff_t n)
+{
+    float lane[FB_F32_LANES];
+    fb_f32_store(lane, v);
+    memcpy(p, lane, (size_t)n * sizeof *p);
+}
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] + b.lane[i]); }
 FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] - b.lane[i]); }
 FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] * b.lane[i]); }
@@ -168,6 +181,18 @@ FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
 }
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { FB_F64(p[i]); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { memcpy(p, v.lane, sizeof v.lane); }
+FB_INLINE fb_f64_vec fb_f64_load_first(const double *p, ptrdiff_t n)
+{
+    double lane[FB_F64_LANES] = {0};
+    memcpy(lane, p, (size_t)n * sizeof *p);
+    return fb_f64_load(lane);
+}
+FB_INLINE void fb_f64_store_first(double *p, fb_f64_vec v, ptrdiff_t n)
+{
+    double lane[FB_F64_LANES];
+    fb_f64_store(lane, v);
+    memcpy(p, lane, (size_t)n * sizeof *p);
+}
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] + b.lane[i]); }
 FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] - b.lane[i]); }
 FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] * b.lane[i]); }

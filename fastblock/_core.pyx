@@ -48,6 +48,8 @@ cdef inline bint is_plain(object a, int kind):
 
 cdef cnp.ndarray base_array(object a, str name, str types):
     """`a` as an exact ndarray: what a subclass says of its shape or dtype may not be what C would read."""
+    if PyArray_CheckExact(a):
+        return a
     if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a numpy.ndarray of {types}, got {type(a).__name__}")
     return cnp.PyArray_FROM_OF(a, cnp.NPY_ARRAY_ENSUREARRAY)
@@ -278,8 +280,11 @@ cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, obj
     cdef fb_dtype dtype = dtype_of(x)
     cdef Py_ssize_t rows = rows_of(x)
     cdef fb_status status
-    with nogil:
+    if <double>rows * w.n * w.k <= KEEP_GIL:
         status = fb_project(dtype, source, rows, w, bias, relu, destination)
+    else:
+        with nogil:
+            status = fb_project(dtype, source, rows, w, bias, relu, destination)
     return deliver(status, target, result, out)
 
 
@@ -292,8 +297,11 @@ cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
     cdef void *destination = cnp.PyArray_DATA(target)
     cdef Py_ssize_t rows = rows_of(x)
     cdef fb_status status
-    with nogil:
+    if 2.0 * rows * params.w1.n * params.w1.k <= KEEP_GIL:
         status = fb_feed_forward(params, source, rows, destination)
+    else:
+        with nogil:
+            status = fb_feed_forward(params, source, rows, destination)
     return deliver(status, target, result, out)
 
 
@@ -456,8 +464,11 @@ def mix_positions(weights, x, *, out=None):
     cdef Py_ssize_t positions = cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 1), features = last_dim(x_array)
     cdef fb_dtype dtype = dtype_of(x_array)
     cdef fb_status status
-    with nogil:
+    if <double>batch * positions * positions * features <= KEEP_GIL:
         status = fb_mix_positions(dtype, batch, mixing, a_batch, source, x_batch, destination, positions, features)
+    else:
+        with nogil:
+            status = fb_mix_positions(dtype, batch, mixing, a_batch, source, x_batch, destination, positions, features)
     return deliver(status, target, result, out)
 
 

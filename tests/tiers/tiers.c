@@ -340,6 +340,19 @@ static void run_product_sparse(int number)
     run_product_of(rows_of(number), number / 33, 1);
 }
 
+/* As many columns as fit into the narrowest vector of all tiers. */
+static void run_product_small(int number)
+{
+    const ptrdiff_t rows = between(1, 9), cols = between(1, F32 ? 4 : 2), depth = number % 4 ? between(0, 9) : between(0, 256);
+    const ptrdiff_t a_row = depth + between(0, 3), b_row = cols + between(0, 3);
+    const int class = (int)between(0, CLASSES - 1);
+    const fb_product g = {.a = array(rows * a_row, class), .a_row = a_row, .b = array(depth * b_row, class),
+                          .bias = chance(50) ? array(cols, class) : NULL, .c = memory(rows * cols + 8), .c_row = cols,
+                          .rows = rows, .cols = cols, .depth = depth, .relu = chance(50)};
+    k->product_small(&g, b_row);
+    note_bits(g.c, rows * cols + 8);
+}
+
 static void run_sample(int number)
 {
     const ptrdiff_t rows = between(1, 6), depth = number % 2 ? between(0, 256) : between(0, 40), row = depth + between(0, 3);
@@ -395,16 +408,16 @@ static void *packed_bias(ptrdiff_t n, int class)
     return blocks[num_blocks++] = p;
 }
 
-/* 8 sizes x tame or wild inputs x 1 to 3 threads. Were all inputs wild, most results would be NaN. */
+/* 9 sizes x tame or wild inputs x 1 to 3 threads. Were all inputs wild, most results would be NaN. */
 static void run_operation(int operation, int number)
 {
     static const ptrdiff_t sizes[][4] = {/* positions, features, hidden, head width */
-        {1, 1, 1, 1}, {3, 5, 7, 2}, {17, 24, 40, 9}, {1, 260, 300, 16}, {2, 64, 272, 8}, {50, 33, 130, 12},
-        {70, 48, 64, 20}, {260, 40, 30, 5},
+        {1, 1, 1, 1}, {5, 3, 4, 2}, {17, 24, 40, 9}, {1, 260, 300, 16}, {2, 64, 272, 8}, {50, 33, 130, 12},
+        {70, 48, 64, 20}, {260, 40, 30, 5}, {3, 5, 7, 2},
     };
-    const ptrdiff_t *size = sizes[number % 8], positions = size[0], features = size[1], hidden = size[2], width = size[3];
+    const ptrdiff_t *size = sizes[number % 9], positions = size[0], features = size[1], hidden = size[2], width = size[3];
     const ptrdiff_t batch = positions > 100 ? 1 : between(1, 3);
-    const int wild = number / 8 % 2, shared = chance(30), causal = chance(50), given = chance(50);
+    const int wild = number / 9 % 2, shared = chance(30), causal = chance(50), given = chance(50);
     const int class = wild ? (int)between(0, CLASSES - 1) : GAUSSIAN, other = wild ? (int)between(0, CLASSES - 1) : GAUSSIAN;
     fb_params params = {.dtype = dtype};
     params.w1 = packed(hidden, features, other);
@@ -425,7 +438,7 @@ static void run_operation(int operation, int number)
         mask[i] = chance(70);
     if (chance(50))
         mask = NULL;
-    fb_set_num_threads(1 + number / 16 % 3); /* the cut into parts decides which tiles there are */
+    fb_set_num_threads(1 + number / 18 % 3); /* the cut into parts decides which tiles there are */
     fb_status status = FB_OK;
     switch (operation) {
     case 0:
@@ -469,13 +482,14 @@ static const struct {
     {"bias_relu", run_bias_relu, 140},
     {"product", run_product, 33 * 16},
     {"product_sparse", run_product_sparse, 33 * 8},
+    {"product_small", run_product_small, 200},
     {"sample", run_sample, 200},
     {"softmax", run_softmax, 17 * 6},
-    {"project", run_project, 48},
-    {"feed_forward", run_feed_forward, 48},
-    {"mix_positions", run_mix_positions, 48},
-    {"attention_weights", run_attention_weights, 48},
-    {"block", run_block, 48},
+    {"project", run_project, 54},
+    {"feed_forward", run_feed_forward, 54},
+    {"mix_positions", run_mix_positions, 54},
+    {"attention_weights", run_attention_weights, 54},
+    {"block", run_block, 54},
 };
 
 static void use_tier(const char *name)
