@@ -76,7 +76,7 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
             seen++;
         count[r] = seen;
     }
-    void *stage = fb_at(scores, t->tile * t->scores_row, size);
+    void *stage = fb_at(scores, fb_round_up(t->tile, FB_SOFTMAX_ROWS) * t->scores_row, size);
     fb_stage(k, fb_at(t->q, (b * t->positions + i) * width, size), width, rows, width, stage);
     fb_matmul(k, stage, rows, &t->packed[b], 0, seen, NULL, 0, scores, t->scores_row, NULL);
     if (allowed == t->positions) {
@@ -115,7 +115,7 @@ fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const v
     t.status = part_status;
     t.scores_row = fb_round_up(positions, k->panel) + k->panel; /* not a power of two: rows in different cache sets */
     t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * k->size)), (rows + parts - 1) / parts));
-    t.workspace_part = fb_round_up(t.tile * t.scores_row * k->size + fb_stage_bytes(k, t.tile, width), 64);
+    t.workspace_part = fb_round_up(fb_round_up(t.tile, FB_SOFTMAX_ROWS) * t.scores_row * k->size + fb_stage_bytes(k, t.tile, width), 64);
     t.q = fb_alloc(rows, width, k->size);
     t.keys = fb_alloc(rows, width, k->size);
     t.packed = fb_alloc(batch, 1, sizeof *t.packed);

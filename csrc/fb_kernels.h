@@ -21,6 +21,7 @@ enum {
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 4 panels of B are 16 KB, at home in L1 */
     FB_STEP = 4,         /* nonzeros taken at a time: their offsets are one word, their values one vector */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
+    FB_SOFTMAX_ROWS = 16, /* the most lanes of a vector in any tier: they are rows where softmax sums */
     FB_STACK_BYTES = 32768, /* workspaces up to this size are on the stack */
     /* Elements from one row of a left operand to the next: an odd number of cache lines, so that rows do not all fall
      * into the same cache sets. */
@@ -71,7 +72,8 @@ struct fb_kernels {
     /* out[i,j] = relu(finish(x[i,j], bias[j])) */
     void (*bias_relu)(const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t cols);
     /* Softmax of `rows` rows of raw scores, scaled: row i over its first count[i] scores; out[i, count[i]:width] = +0.0.
-     * ends[] holds, ascending and closed by width, where the blocks of the chain end. The scores are destroyed. */
+     * ends[] holds, ascending and closed by width or more, where the blocks of the chain end. The scores are destroyed;
+     * they are memory for whole panels and one more in each row, and for rows in whole numbers of FB_SOFTMAX_ROWS. */
     void (*softmax)(void *scores, ptrdiff_t scores_row, void *out, ptrdiff_t out_row, ptrdiff_t rows, ptrdiff_t width,
                     const ptrdiff_t *count, const ptrdiff_t *ends, double scale);
     int (*all_finite)(const void *x, ptrdiff_t n);

@@ -135,6 +135,28 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
     __m128i lane = _mm_add_epi16(_mm_cvtepu8_epi16(byte), _mm_set1_epi16((short)first));
     _mm_storeu_si128((__m128i *)offset, _mm_slli_epi16(lane, 6));
 }
+/* lane j of v[i] <-> lane i of v[j] */
+FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
+{
+    fb_f32_vec pair[8], four[8];
+    FB_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+    }
+    FB_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+        four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+        four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+        four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+        four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+    }
+    FB_UNROLL
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
+    }
+}
 
 /* ---- float64 */
 #define FB_F64_LANES 4
@@ -194,6 +216,27 @@ FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *v
     __m128i byte = _mm_cvtsi64_si128((long long)fb_avx2_compress8[keep]);
     __m128i lane = _mm_add_epi16(_mm_cvtepu8_epi16(byte), _mm_set1_epi16((short)first));
     _mm_storel_epi64((__m128i *)offset, _mm_slli_epi16(lane, 6));
+}
+FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
+{
+    const fb_f64_vec a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);
+    const fb_f64_vec c = _mm256_unpacklo_pd(v[2], v[3]), d = _mm256_unpackhi_pd(v[2], v[3]);
+    v[0] = _mm256_permute2f128_pd(a, c, 0x20);
+    v[1] = _mm256_permute2f128_pd(b, d, 0x20);
+    v[2] = _mm256_permute2f128_pd(a, c, 0x31);
+    v[3] = _mm256_permute2f128_pd(b, d, 0x31);
+}
+
+/* ---- for exp in float32, from t = k + 1.5 * 2**23: table[k % 8], and v * 2**(k / 8 rounded down), no subnormals;
+ * tables have 16 entries, twice the same 8 */
+FB_INLINE fb_f32_vec fb_f32_lookup8(const float *table, fb_f32_vec t)
+{
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), _mm256_castps_si256(t));
+}
+FB_INLINE fb_f32_vec fb_f32_scale8(fb_f32_vec v, fb_f32_vec t)
+{
+    __m256i n = _mm256_slli_epi32(_mm256_and_si256(_mm256_castps_si256(t), _mm256_set1_epi32(-8)), 20);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), n));
 }
 
 /* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */

@@ -65,6 +65,18 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
     lane = _mm512_slli_epi32(_mm512_maskz_compress_epi32((__mmask16)keep, lane), 6);
     _mm256_storeu_si256((__m256i *)offset, _mm512_cvtepi32_epi16(lane));
 }
+/* lane j of v[i] <-> lane i of v[j] */
+FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
+{
+    float rows[FB_F32_LANES][FB_F32_LANES], column[FB_F32_LANES];
+    for (int i = 0; i < FB_F32_LANES; i++)
+        fb_f32_store(rows[i], v[i]);
+    for (int j = 0; j < FB_F32_LANES; j++) {
+        for (int i = 0; i < FB_F32_LANES; i++)
+            column[i] = rows[i][j];
+        v[j] = fb_f32_load(column);
+    }
+}
 
 /* ---- float64 */
 #define FB_F64_LANES 8
@@ -114,6 +126,29 @@ FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *v
     _mm512_storeu_pd(value, _mm512_maskz_compress_pd((__mmask8)keep, v));
     lane = _mm512_slli_epi64(_mm512_maskz_compress_epi64((__mmask8)keep, lane), 6);
     _mm_storeu_si128((__m128i *)offset, _mm512_cvtepi64_epi16(lane));
+}
+FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
+{
+    double rows[FB_F64_LANES][FB_F64_LANES], column[FB_F64_LANES];
+    for (int i = 0; i < FB_F64_LANES; i++)
+        fb_f64_store(rows[i], v[i]);
+    for (int j = 0; j < FB_F64_LANES; j++) {
+        for (int i = 0; i < FB_F64_LANES; i++)
+            column[i] = rows[i][j];
+        v[j] = fb_f64_load(column);
+    }
+}
+
+/* ---- for exp in float32, from t = k + 1.5 * 2**23: table[k % 8], and v * 2**(k / 8 rounded down), no subnormals;
+ * tables have 16 entries, twice the same 8 */
+FB_INLINE fb_f32_vec fb_f32_lookup8(const float *table, fb_f32_vec t)
+{
+    return _mm512_permutexvar_ps(_mm512_castps_si512(t), _mm512_loadu_ps(table));
+}
+FB_INLINE fb_f32_vec fb_f32_scale8(fb_f32_vec v, fb_f32_vec t)
+{
+    __m512i n = _mm512_slli_epi32(_mm512_and_si512(_mm512_castps_si512(t), _mm512_set1_epi32(-8)), 20);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), n));
 }
 
 /* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */

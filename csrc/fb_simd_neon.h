@@ -71,6 +71,18 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
         offset[n] = (uint16_t)((first + i) * 64);
     }
 }
+/* lane j of v[i] <-> lane i of v[j] */
+FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
+{
+    float rows[FB_F32_LANES][FB_F32_LANES], column[FB_F32_LANES];
+    for (int i = 0; i < FB_F32_LANES; i++)
+        fb_f32_store(rows[i], v[i]);
+    for (int j = 0; j < FB_F32_LANES; j++) {
+        for (int i = 0; i < FB_F32_LANES; i++)
+            column[i] = rows[i][j];
+        v[j] = fb_f32_load(column);
+    }
+}
 
 /* ---- float64 */
 #define FB_F64_LANES 2
@@ -126,6 +138,32 @@ FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *v
         value[n] = lane[i];
         offset[n] = (uint16_t)((first + i) * 64);
     }
+}
+FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
+{
+    double rows[FB_F64_LANES][FB_F64_LANES], column[FB_F64_LANES];
+    for (int i = 0; i < FB_F64_LANES; i++)
+        fb_f64_store(rows[i], v[i]);
+    for (int j = 0; j < FB_F64_LANES; j++) {
+        for (int i = 0; i < FB_F64_LANES; i++)
+            column[i] = rows[i][j];
+        v[j] = fb_f64_load(column);
+    }
+}
+
+/* ---- for exp in float32, from t = k + 1.5 * 2**23: table[k % 8], and v * 2**(k / 8 rounded down), no subnormals;
+ * tables have 16 entries, twice the same 8 */
+FB_INLINE fb_f32_vec fb_f32_lookup8(const float *table, fb_f32_vec t)
+{
+    uint32_t k[4];
+    vst1q_u32(k, vreinterpretq_u32_f32(t));
+    const float lane[4] = {table[k[0] & 7], table[k[1] & 7], table[k[2] & 7], table[k[3] & 7]};
+    return vld1q_f32(lane);
+}
+FB_INLINE fb_f32_vec fb_f32_scale8(fb_f32_vec v, fb_f32_vec t)
+{
+    uint32x4_t n = vshlq_n_u32(vandq_u32(vreinterpretq_u32_f32(t), vdupq_n_u32(0xfffffff8)), 20);
+    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(v), n));
 }
 
 /* ---- for exp: 2**n from t = n + 1.5 * 2**52, and float32 <-> two halves of float64 */

@@ -370,7 +370,7 @@ static void run_softmax(int number)
     static const ptrdiff_t widths[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 48, 65, 255, 256, 257, 300, 520};
     const ptrdiff_t width = widths[number % 17], rows = between(1, 18);
     const ptrdiff_t row = fb_round_up(width, k->panel) + k->panel;
-    void *scores = array(rows * row, chance(60) ? GAUSSIAN : (int)between(0, CLASSES - 1));
+    void *scores = array(fb_round_up(rows, FB_SOFTMAX_ROWS) * row, chance(60) ? GAUSSIAN : (int)between(0, CLASSES - 1));
     const int in_place = chance(30);
     const ptrdiff_t out_row = in_place ? row : width + between(0, 3);
     void *out = in_place ? scores : memory(rows * out_row);
