@@ -1,4 +1,4 @@
-/* fb_attention.c - attention_weights: projections, packed keys, then scores and softmax over tiles of queries.
+/* fb_attention.c - attention_weights: keys, projected and packed, then queries, scores and softmax, tile by tile.
  *
  * A masked key takes no part in anything, so it is left out of the packed keys altogether: scores exist for allowed
  * keys only, in key order, and `ends` remembers where the blocks of the original key numbers end. With causal, a tile
@@ -18,11 +18,12 @@ typedef struct attention_task {
     const uint8_t *key_mask;
     int causal;
     double scale;
-    char *q, *keys, *out;   /* (batch, P, E), (batch, P, E), (batch, P, P) */
+    const char *x;          /* (batch, P, D) */
+    char *keys, *out;       /* (batch, P, E), (batch, P, P) */
     fb_panels *packed;      /* of each batch item: its allowed keys */
     ptrdiff_t *key, *ends;  /* of each batch item: the numbers of its allowed keys, and where the blocks end */
-    char *workspace;
-    ptrdiff_t workspace_part;
+    char *workspace;        /* of each part: scores, queries as staged, positions as staged */
+    ptrdiff_t workspace_part, scores_bytes, queries_bytes;
     fb_status *status; /* of each part */
 } attention_task;
 
@@ -59,11 +60,13 @@ static void pack_part(void *context, int part, int parts)
             t->status[part] = FB_NO_MEMORY;
 }
 
-/* Passes 3 and 4, one tile of queries: scores of the keys they may see, finished but not yet scaled; then softmax. */
+/* Pass 3, one tile of queries: the queries, scores of the keys they may see, finished but not yet scaled, and softmax. */
 static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *scores)
 {
     const struct fb_kernels *k = t->k;
-    const ptrdiff_t size = k->size, width = t->params->w_q.n, rows = fb_min(t->tile, t->positions - i);
+    const fb_panels *w_q = &t->params->w_q;
+    const void *b_q = t->params->b_q;
+    const ptrdiff_t size = k->size, width = w_q->n, rows = fb_min(t->tile, t->positions - i);
     const ptrdiff_t *key = t->key + b * t->positions, *ends = t->ends + b * blocks_of(t->positions);
     const ptrdiff_t allowed = t->packed[b].n;
     char *out = fb_at(t->out, (b * t->positions + i) * t->positions, size);
@@ -76,9 +79,12 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
             seen++;
         count[r] = seen;
     }
-    void *stage = fb_at(scores, fb_round_up(t->tile, FB_SOFTMAX_ROWS) * t->scores_row, size);
-    fb_stage(k, fb_at(t->q, (b * t->positions + i) * width, size), width, rows, width, stage);
-    fb_matmul(k, stage, rows, &t->packed[b], 0, seen, NULL, 0, scores, t->scores_row, NULL);
+    char *queries = (char *)scores + t->scores_bytes, *stage = queries + t->queries_bytes;
+    fb_stage(k, fb_at(t->x, (b * t->positions + i) * w_q->k, size), w_q->k, rows, w_q->k, stage);
+    for (ptrdiff_t e = 0; e < width; e += FB_BLOCK)
+        fb_matmul(k, stage, rows, w_q, e, fb_min(FB_BLOCK, width - e), b_q ? fb_at(b_q, e, size) : NULL, 0,
+                  fb_at(queries, e * rows / FB_BLOCK * FB_ROW, size), FB_ROW, NULL);
+    fb_matmul(k, queries, rows, &t->packed[b], 0, seen, NULL, 0, scores, t->scores_row, NULL);
     if (allowed == t->positions) {
         k->softmax(scores, t->scores_row, out, t->positions, rows, t->positions, count, ends, t->scale);
         return;
@@ -109,32 +115,32 @@ fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const v
     const double root = 1.0 / sqrt((double)width);
     const int parts = fb_parts((double)rows * ((double)positions * (double)(width + 32) + 2.0 * (double)width * (double)features),
                                rows);
-    attention_task t = {.k = k, .params = params, .batch = batch, .positions = positions, .key_mask = key_mask,
+    attention_task t = {.k = k, .params = params, .x = x, .batch = batch, .positions = positions, .key_mask = key_mask,
                         .causal = causal, .scale = params->dtype == FB_F32 ? (float)root : root, .out = out};
     fb_status status = FB_NO_MEMORY, part_status[256] = {FB_OK};
     t.status = part_status;
     t.scores_row = fb_round_up(positions, k->panel) + k->panel; /* not a power of two: rows in different cache sets */
     t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * k->size)), (rows + parts - 1) / parts));
-    t.workspace_part = fb_round_up(fb_round_up(t.tile, FB_SOFTMAX_ROWS) * t.scores_row * k->size + fb_stage_bytes(k, t.tile, width), 64);
-    t.q = fb_alloc(rows, width, k->size);
+    t.tile = fb_min(t.tile, fb_stage_rows(k, t.tile, features));
+    t.scores_bytes = fb_round_up(t.tile, FB_SOFTMAX_ROWS) * t.scores_row * k->size;
+    t.queries_bytes = fb_round_up(fb_stage_bytes(k, t.tile, width), 64);
+    t.workspace_part = fb_round_up(t.scores_bytes + t.queries_bytes + fb_stage_bytes(k, t.tile, features), 64);
     t.keys = fb_alloc(rows, width, k->size);
     t.packed = fb_alloc(batch, 1, sizeof *t.packed);
     t.key = fb_alloc(rows, 1, sizeof *t.key);
     t.ends = fb_alloc(batch, blocks_of(positions), sizeof *t.ends);
     t.workspace = fb_alloc(parts, t.workspace_part, 1);
-    if (t.q && t.keys && t.packed && t.key && t.ends && t.workspace) {
+    if (t.keys && t.packed && t.key && t.ends && t.workspace) {
         fb_fp_mode mode = fb_fp_enter();
         memset(t.packed, 0, (size_t)batch * sizeof *t.packed);
-        /* 1. queries and keys */
-        status = fb_project_rows(k, x, rows, &params->w_q, params->b_q, 0, t.q);
-        if (status == FB_OK)
-            status = fb_project_rows(k, x, rows, &params->w_k, params->b_k, 0, t.keys);
+        /* 1. keys */
+        status = fb_project_rows(k, x, rows, &params->w_k, params->b_k, 0, t.keys);
         /* 2. the allowed keys, packed */
         if (status == FB_OK)
             fb_parallel(pack_part, &t, (int)fb_min(parts, batch));
         for (int part = 0; part < parts; part++)
             status = part_status[part] ? part_status[part] : status;
-        /* 3., 4. scores and softmax */
+        /* 3. queries, scores and softmax */
         if (status == FB_OK)
             fb_parallel(weigh_part, &t, parts);
         fb_fp_leave(mode);
@@ -146,6 +152,5 @@ fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const v
     fb_free(t.key);
     fb_free(t.packed);
     fb_free(t.keys);
-    fb_free(t.q);
     return status;
 }

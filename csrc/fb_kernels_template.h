@@ -39,6 +39,29 @@ static void FN(copy)(const void *from_, ptrdiff_t from_row, ptrdiff_t rows, ptrd
     }
 }
 
+/* Transposed in squares of LANES x LANES; nothing but moves, so that a signalling NaN survives. */
+static void FN(pack)(const void *w_, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel_)
+{
+    REAL *panel = panel_;
+    if (rows < PANEL)
+        memset(panel, 0, (size_t)depth * FB_PANEL_BYTES);
+    for (ptrdiff_t k = 0; k < depth; k += LANES)
+        for (ptrdiff_t j = 0; j < rows; j += LANES) {
+            const REAL *w = (const REAL *)w_ + j * w_row + k;
+            const ptrdiff_t height = fb_min(LANES, rows - j), width = fb_min(LANES, depth - k);
+            VEC square[LANES];
+            FB_UNROLL
+            for (int i = 0; i < LANES; i++)
+                square[i] = i >= height ? V(zero)() : FB_LIKELY(width == LANES) ? V(load)(w + i * w_row)
+                                                                                : V(load_first)(w + i * w_row, width);
+            V(transpose)(square);
+            FB_UNROLL
+            for (int i = 0; i < LANES; i++)
+                if (i < width)
+                    V(store)(panel + (k + i) * PANEL + j, square[i]);
+        }
+}
+
 /* ---- product: one block of k of a matrix product (reference.chain256, finish, relu) */
 
 /* Where a tile finds the totals so far and puts the new ones, which after the last block are results. */
@@ -771,6 +794,7 @@ static const struct fb_kernels FN(kernels) = {
     .panel = FB_PANEL_BYTES / sizeof(REAL),
     .lanes = LANES,
     .copy = FN(copy),
+    .pack = FN(pack),
     .product = FN(product),
     .sample = FN(sample),
     .compress = FN(compress),

@@ -41,21 +41,6 @@ void fb_free(void *p)
 #endif
 }
 
-/* One panel of one block: the transpose of `width` rows of w, of which the last may be missing. */
-#define FB_PACK_PANEL(type)                                                                                           \
-    static void pack_panel_##type(const type *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, type *panel)        \
-    {                                                                                                                 \
-        enum { WIDTH = FB_PANEL_BYTES / sizeof(type) };                                                               \
-        if (rows < WIDTH)                                                                                             \
-            memset(panel, 0, (size_t)depth * FB_PANEL_BYTES);                                                         \
-        for (ptrdiff_t k0 = 0; k0 < depth; k0 += 16) /* 16 x 16 at a time: whole lines of both sides stay in L1 */    \
-            for (ptrdiff_t j = 0; j < rows; j++)                                                                      \
-                for (ptrdiff_t k = k0; k < fb_min(k0 + 16, depth); k++)                                               \
-                    panel[k * WIDTH + j] = w[j * w_row + k];                                                          \
-    }
-FB_PACK_PANEL(uint32_t) /* as bits: a signalling NaN survives */
-FB_PACK_PANEL(uint64_t)
-
 fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k, ptrdiff_t w_row, fb_panels *out)
 {
     const struct fb_kernels *kernels = fb_kernels_in_use(dtype);
@@ -69,11 +54,7 @@ fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k
     for (ptrdiff_t k0 = 0; k0 < k; k0 += FB_BLOCK) {
         const ptrdiff_t depth = fb_min(FB_BLOCK, k - k0);
         for (ptrdiff_t j = 0; j < n; j += width) {
-            const void *block = fb_at(w, j * w_row + k0, size);
-            if (size == 4)
-                pack_panel_uint32_t(block, w_row, fb_min(width, n - j), depth, (uint32_t *)(void *)panel);
-            else
-                pack_panel_uint64_t(block, w_row, fb_min(width, n - j), depth, (uint64_t *)(void *)panel);
+            kernels->pack(fb_at(w, j * w_row + k0, size), w_row, fb_min(width, n - j), depth, panel);
             panel += depth * FB_PANEL_BYTES;
         }
     }
