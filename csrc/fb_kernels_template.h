@@ -138,7 +138,10 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, cons
  * No instruction here is free: with a second thread on the core, whom the machine gives every other cycle, 27 instead of
  * 21 instructions a k took 1.25 times as long (rows a variable distance apart; fetches of the next rows of A).
  * Not better: the same lines in bursts between the tiles (6 to 16 rows 1.2 to 1.3 times as long), every second line
- * (1.5 times), a line every second k (1.05 times), to L1 (the same). */
+ * (1.5 times), a line every second k (1.05 times), to L1 (the same), all lines in the first of two tiles (1.03).
+ * Not better either: 150 instead of 290 instructions at the ends of a tile (a function a tile height that walks down the
+ * rows; NaN looked for in the sum of all vectors): 0.99 to 1.02, and 16 rows at depth 64 1.07 times as long. The ends
+ * overlap with the neighbouring tiles. 8 rows as 5 + 3 instead of 4 + 4: 1.2 times as long. */
 FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, const REAL *a, const REAL *b,
                         ptrdiff_t left, const REAL *bias, const FN(place) at, ptrdiff_t fetch, ptrdiff_t fetches)
 {
@@ -322,8 +325,9 @@ static void FN(compress)(const void *a_, ptrdiff_t a_row, ptrdiff_t rows, ptrdif
  * loads are the limit, two a cycle; so nonzeros come in steps of 4, whose offsets are one load and whose values are
  * one, and 4 panels are enough chains to hide the latency of an fma. At 128 x 256 -> 768, times of this: 6 panels and
  * nonzeros one by one 1.07 (half zeros) and 1.1 to 1.2 (90 and 97 %); 6 panels in steps 1.07; 5 panels x 80 k 1.12;
- * slices of 88 and 96 k the same. Sorting the rows by the length of their lists gains less in predicted branches than
- * it loses in the order of memory.
+ * slices of 88 and 96 k the same, of 256 k at 16 rows 1.25; rows in chunks whose sums stay in L1 1.01 to 1.05; pairs of
+ * rows side by side, 2 panels x 128 k, 1.01. Sorting the rows by the length of their lists gains less in predicted
+ * branches than it loses in the order of memory.
  * The next slice of B, at `ahead`, is fetched to L2 in passing. */
 FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_nonzeros *list, ptrdiff_t slice,
                                ptrdiff_t p, const REAL *ahead)
