@@ -75,7 +75,6 @@ typedef __m256 fb_f32_vec;
 
 FB_INLINE fb_f32_vec fb_f32_zero(void) { return _mm256_setzero_ps(); }
 FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { return _mm256_broadcast_ss(p); }
-/* v[i] = p[i] in all lanes, i < 4 */
 FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
 {
     const fb_f32_vec x = _mm256_broadcast_ps((const __m128 *)(const void *)p);
@@ -86,7 +85,6 @@ FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
 }
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return _mm256_loadu_ps(p); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { _mm256_storeu_ps(p, v); }
-/* the first n lanes, 0 <= n <= LANES; the others are +0.0, and no memory is touched for them */
 FB_INLINE fb_f32_vec fb_f32_load_first(const float *p, ptrdiff_t n)
 {
     return _mm256_maskload_ps(p, _mm256_loadu_si256((const __m256i *)(const void *)(fb_avx2_first + 8 - n)));
@@ -135,7 +133,6 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
     __m128i lane = _mm_add_epi16(_mm_cvtepu8_epi16(byte), _mm_set1_epi16((short)first));
     _mm_storeu_si128((__m128i *)offset, _mm_slli_epi16(lane, 6));
 }
-/* lane j of v[i] <-> lane i of v[j] */
 FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
 {
     fb_f32_vec pair[8], four[8];
@@ -157,6 +154,11 @@ FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
         v[i + 4] = _mm256_permute2f128_ps(four[i], four[i + 4], 0x31);
     }
 }
+#define FB_OWN_SPLATS
+#define FB_OWN_FIRST
+#define FB_OWN_TRANSPOSE
+#define FB_LANES_BITS 32
+#include "fb_simd_lanes.h"
 
 /* ---- float64 */
 #define FB_F64_LANES 4
@@ -164,12 +166,6 @@ typedef __m256d fb_f64_vec;
 
 FB_INLINE fb_f64_vec fb_f64_zero(void) { return _mm256_setzero_pd(); }
 FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { return _mm256_broadcast_sd(p); }
-FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
-{
-    FB_UNROLL
-    for (int i = 0; i < 4; i++)
-        v[i] = fb_f64_splat(p + i);
-}
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return _mm256_loadu_pd(p); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { _mm256_storeu_pd(p, v); }
 FB_INLINE fb_f64_vec fb_f64_load_first(const double *p, ptrdiff_t n)
@@ -226,6 +222,10 @@ FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
     v[2] = _mm256_permute2f128_pd(a, c, 0x31);
     v[3] = _mm256_permute2f128_pd(b, d, 0x31);
 }
+#define FB_OWN_FIRST
+#define FB_OWN_TRANSPOSE
+#define FB_LANES_BITS 64
+#include "fb_simd_lanes.h"
 
 /* ---- for exp in float32, from t = k + 1.5 * 2**23: table[k % 8], and v * 2**(k / 8 rounded down), no subnormals;
  * tables have 16 entries, twice the same 8 */

@@ -20,16 +20,8 @@ typedef __m512 fb_f32_vec;
 
 FB_INLINE fb_f32_vec fb_f32_zero(void) { return _mm512_setzero_ps(); }
 FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { return _mm512_set1_ps(*p); }
-/* v[i] = p[i] in all lanes, i < 4 */
-FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
-{
-    FB_UNROLL
-    for (int i = 0; i < 4; i++)
-        v[i] = fb_f32_splat(p + i);
-}
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return _mm512_loadu_ps(p); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { _mm512_storeu_ps(p, v); }
-/* the first n lanes, 0 <= n <= LANES; the others are +0.0, and no memory is touched for them */
 FB_INLINE fb_f32_vec fb_f32_load_first(const float *p, ptrdiff_t n)
 {
     return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
@@ -65,18 +57,9 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
     lane = _mm512_slli_epi32(_mm512_maskz_compress_epi32((__mmask16)keep, lane), 6);
     _mm256_storeu_si256((__m256i *)offset, _mm512_cvtepi32_epi16(lane));
 }
-/* lane j of v[i] <-> lane i of v[j] */
-FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
-{
-    float rows[FB_F32_LANES][FB_F32_LANES], column[FB_F32_LANES];
-    for (int i = 0; i < FB_F32_LANES; i++)
-        fb_f32_store(rows[i], v[i]);
-    for (int j = 0; j < FB_F32_LANES; j++) {
-        for (int i = 0; i < FB_F32_LANES; i++)
-            column[i] = rows[i][j];
-        v[j] = fb_f32_load(column);
-    }
-}
+#define FB_OWN_FIRST
+#define FB_LANES_BITS 32
+#include "fb_simd_lanes.h"
 
 /* ---- float64 */
 #define FB_F64_LANES 8
@@ -84,12 +67,6 @@ typedef __m512d fb_f64_vec;
 
 FB_INLINE fb_f64_vec fb_f64_zero(void) { return _mm512_setzero_pd(); }
 FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { return _mm512_set1_pd(*p); }
-FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
-{
-    FB_UNROLL
-    for (int i = 0; i < 4; i++)
-        v[i] = fb_f64_splat(p + i);
-}
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return _mm512_loadu_pd(p); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { _mm512_storeu_pd(p, v); }
 FB_INLINE fb_f64_vec fb_f64_load_first(const double *p, ptrdiff_t n)
@@ -127,17 +104,9 @@ FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *v
     lane = _mm512_slli_epi64(_mm512_maskz_compress_epi64((__mmask8)keep, lane), 6);
     _mm_storeu_si128((__m128i *)offset, _mm512_cvtepi64_epi16(lane));
 }
-FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
-{
-    double rows[FB_F64_LANES][FB_F64_LANES], column[FB_F64_LANES];
-    for (int i = 0; i < FB_F64_LANES; i++)
-        fb_f64_store(rows[i], v[i]);
-    for (int j = 0; j < FB_F64_LANES; j++) {
-        for (int i = 0; i < FB_F64_LANES; i++)
-            column[i] = rows[i][j];
-        v[j] = fb_f64_load(column);
-    }
-}
+#define FB_OWN_FIRST
+#define FB_LANES_BITS 64
+#include "fb_simd_lanes.h"
 
 /* ---- for exp in float32, from t = k + 1.5 * 2**23: table[k % 8], and v * 2**(k / 8 rounded down), no subnormals;
  * tables have 16 entries, twice the same 8 */

@@ -20,28 +20,8 @@ typedef float32x4_t fb_f32_vec;
 
 FB_INLINE fb_f32_vec fb_f32_zero(void) { return vdupq_n_f32(0); }
 FB_INLINE fb_f32_vec fb_f32_splat(const float *p) { return vld1q_dup_f32(p); }
-/* v[i] = p[i] in all lanes, i < 4 */
-FB_INLINE void fb_f32_splats(const float *p, fb_f32_vec *v)
-{
-    FB_UNROLL
-    for (int i = 0; i < 4; i++)
-        v[i] = fb_f32_splat(p + i);
-}
 FB_INLINE fb_f32_vec fb_f32_load(const float *p) { return vld1q_f32(p); }
 FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { vst1q_f32(p, v); }
-/* the first n lanes, 0 <= n <= LANES; the others are +0.0, and no memory is touched for them */
-FB_INLINE fb_f32_vec fb_f32_load_first(const float *p, ptrdiff_t n)
-{
-    float lane[FB_F32_LANES] = {0};
-    memcpy(lane, p, (size_t)n * sizeof *p);
-    return fb_f32_load(lane);
-}
-FB_INLINE void fb_f32_store_first(float *p, fb_f32_vec v, ptrdiff_t n)
-{
-    float lane[FB_F32_LANES];
-    fb_f32_store(lane, v);
-    memcpy(p, lane, (size_t)n * sizeof *p);
-}
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return vaddq_f32(a, b); }
 FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { return vsubq_f32(a, b); }
 FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { return vmulq_f32(a, b); }
@@ -71,18 +51,8 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
         offset[n] = (uint16_t)((first + i) * 64);
     }
 }
-/* lane j of v[i] <-> lane i of v[j] */
-FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
-{
-    float rows[FB_F32_LANES][FB_F32_LANES], column[FB_F32_LANES];
-    for (int i = 0; i < FB_F32_LANES; i++)
-        fb_f32_store(rows[i], v[i]);
-    for (int j = 0; j < FB_F32_LANES; j++) {
-        for (int i = 0; i < FB_F32_LANES; i++)
-            column[i] = rows[i][j];
-        v[j] = fb_f32_load(column);
-    }
-}
+#define FB_LANES_BITS 32
+#include "fb_simd_lanes.h"
 
 /* ---- float64 */
 #define FB_F64_LANES 2
@@ -90,26 +60,8 @@ typedef float64x2_t fb_f64_vec;
 
 FB_INLINE fb_f64_vec fb_f64_zero(void) { return vdupq_n_f64(0); }
 FB_INLINE fb_f64_vec fb_f64_splat(const double *p) { return vld1q_dup_f64(p); }
-FB_INLINE void fb_f64_splats(const double *p, fb_f64_vec *v)
-{
-    FB_UNROLL
-    for (int i = 0; i < 4; i++)
-        v[i] = fb_f64_splat(p + i);
-}
 FB_INLINE fb_f64_vec fb_f64_load(const double *p) { return vld1q_f64(p); }
 FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { vst1q_f64(p, v); }
-FB_INLINE fb_f64_vec fb_f64_load_first(const double *p, ptrdiff_t n)
-{
-    double lane[FB_F64_LANES] = {0};
-    memcpy(lane, p, (size_t)n * sizeof *p);
-    return fb_f64_load(lane);
-}
-FB_INLINE void fb_f64_store_first(double *p, fb_f64_vec v, ptrdiff_t n)
-{
-    double lane[FB_F64_LANES];
-    fb_f64_store(lane, v);
-    memcpy(p, lane, (size_t)n * sizeof *p);
-}
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return vaddq_f64(a, b); }
 FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { return vsubq_f64(a, b); }
 FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { return vmulq_f64(a, b); }
@@ -139,17 +91,8 @@ FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *v
         offset[n] = (uint16_t)((first + i) * 64);
     }
 }
-FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
-{
-    double rows[FB_F64_LANES][FB_F64_LANES], column[FB_F64_LANES];
-    for (int i = 0; i < FB_F64_LANES; i++)
-        fb_f64_store(rows[i], v[i]);
-    for (int j = 0; j < FB_F64_LANES; j++) {
-        for (int i = 0; i < FB_F64_LANES; i++)
-            column[i] = rows[i][j];
-        v[j] = fb_f64_load(column);
-    }
-}
+#define FB_LANES_BITS 64
+#include "fb_simd_lanes.h"
 
 /* ---- for exp in float32, from t = k + 1.5 * 2**23: table[k % 8], and v * 2**(k / 8 rounded down), no subnormals;
  * tables have 16 entries, twice the same 8 */

@@ -46,6 +46,31 @@ static __m128i lanes_cvtepi64_epi16(__m512i v)
     memcpy(&r, to, sizeof r);
     return r;
 }
+/* Masks of the first n lanes, the only ones the library makes. */
+static __m512 lanes_maskz_loadu_ps(unsigned mask, const float *p)
+{
+    __m512 v = _mm512_setzero_ps();
+    memcpy(&v, p, (size_t)__builtin_popcount(mask) * sizeof *p);
+    return v;
+}
+static __m512d lanes_maskz_loadu_pd(unsigned mask, const double *p)
+{
+    __m512d v = _mm512_setzero_pd();
+    memcpy(&v, p, (size_t)__builtin_popcount(mask) * sizeof *p);
+    return v;
+}
+static void lanes_mask_storeu_ps(float *p, unsigned mask, __m512 v)
+{
+    memcpy(p, &v, (size_t)__builtin_popcount(mask) * sizeof *p);
+}
+static void lanes_mask_storeu_pd(double *p, unsigned mask, __m512d v)
+{
+    memcpy(p, &v, (size_t)__builtin_popcount(mask) * sizeof *p);
+}
+#define _mm512_maskz_loadu_ps lanes_maskz_loadu_ps
+#define _mm512_maskz_loadu_pd lanes_maskz_loadu_pd
+#define _mm512_mask_storeu_ps lanes_mask_storeu_ps
+#define _mm512_mask_storeu_pd lanes_mask_storeu_pd
 #define _mm512_cvtps_pd halves_cvtps_pd
 #define _mm512_cvtpd_ps halves_cvtpd_ps
 #define _mm512_cvtepi32_epi16 lanes_cvtepi32_epi16
