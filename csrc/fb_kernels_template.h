@@ -634,11 +634,20 @@ static void FN(exp)(const void *x_, void *out_, ptrdiff_t n)
 {
     const REAL *x = x_;
     REAL *out = out_;
+    VEC v[FB_EXP_VECS];
+    for (; n >= FB_EXP_VECS * LANES; n -= FB_EXP_VECS * LANES, x += FB_EXP_VECS * LANES, out += FB_EXP_VECS * LANES) {
+        FB_UNROLL
+        for (int i = 0; i < FB_EXP_VECS; i++)
+            v[i] = V(load)(x + i * LANES);
+        FN(exp_vecs)(FB_EXP_VECS, v);
+        FB_UNROLL
+        for (int i = 0; i < FB_EXP_VECS; i++)
+            V(store)(out + i * LANES, V(canonical)(v[i]));
+    }
     for (ptrdiff_t j = 0; j < n; j += LANES) {
-        ptrdiff_t count = fb_min(LANES, n - j);
-        VEC v = V(load_first)(x + j, count);
-        FN(exp_vecs)(1, &v);
-        V(store_first)(out + j, V(canonical)(v), count);
+        v[0] = V(load_first)(x + j, fb_min(LANES, n - j));
+        FN(exp_vecs)(1, v);
+        V(store_first)(out + j, V(canonical)(v[0]), fb_min(LANES, n - j));
     }
 }
 

@@ -468,6 +468,38 @@ def test_block(leading, positions, features, hidden, head_width, dtype, every_ti
             same_bytes(fastblock.Block(*layers)(x, weights), want, f"no query-key module, {shape}, {tier}")
 
 
+@pytest.mark.parametrize("kind", INPUT_CLASSES)
+def test_small_blocks(kind, dtype, every_tier, same_bytes):
+    """Sizes around those from which a block of a few numbers is not small any more, guarded against writes outside."""
+    rng = generator("small blocks", kind)
+    sizes = [(1, 1, 1), (2, 4, 2), (5, 3, 4), (7, 2, 0), (9, 7, 9), (31, 3, 8), (32, 8, 8), (33, 2, 3), (6, 9, 3)]
+    for positions, features, hidden in sizes:
+        x, weights = (INPUT_CLASSES[kind](rng, s, dtype) for s in [(2, positions, features), (2, positions, positions)])
+        layers = [INPUT_CLASSES[kind](rng, s, dtype) for s in [(hidden, features), (hidden,), (features, hidden), (features,)]]
+        want = reference.block(x, *layers, weights)
+        block = fastblock.Block(*layers)
+        memory = np.full(x.size + 32, 7, dtype)
+        out = memory[16:-16].reshape(x.shape)
+        for tier in every_tier():
+            what = f"{positions} x {features} -> {hidden}, {tier}"
+            same_bytes(block(x, weights, out=out), want, what)
+            same_bytes(block(x[0], weights[0]), want[0], f"{what}, one item")
+            assert (memory[:16] == 7).all() and (memory[-16:] == 7).all(), what
+
+
+def test_a_large_batch_of_small_blocks(dtype, every_tier, same_bytes):
+    """Enough of them for several threads."""
+    rng = generator("batch of small blocks")
+    x, w1, w2 = (rng.standard_normal(s).astype(dtype) for s in [(30_000, 5, 3), (4, 3), (3, 4)])
+    weights = rng.random((5, 5)).astype(dtype)
+    block = fastblock.Block(w1, None, w2, None)
+    some = slice(None, None, 997)
+    want = reference.block(x[some], w1, None, w2, None, weights)
+    for tier in every_tier():
+        with fastblock.num_threads(3):
+            same_bytes(block(x, weights)[some], want, tier)
+
+
 def test_block_without_biases(dtype, every_tier, same_bytes):
     rng = generator("block without biases")
     x, w1, w2, w_q, w_k = (rng.standard_normal(s).astype(dtype) for s in [(2, 9, 5), (17, 5), (5, 17), (3, 5), (3, 5)])
