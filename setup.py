@@ -20,10 +20,11 @@ if sys.platform == "win32":
 else:
     # -std=gnu11: with c11 gcc computes float in double precision on s390x.
     # -g0: Python's own flags ask for debug information, which would be most of the wheel.
+    # -falign-*: the loop over nonzeros takes 1.06 times as long where it does not begin a cache line.
     # -ffp-contract=off stands last, where nothing can undo it: a multiplication followed by an addition
     # is two roundings, and one rounding only where the source says fma.
     compile_args = [*unless_chosen("-O3"), *unless_chosen("-g0"), "-std=gnu11", "-fvisibility=hidden", "-pthread"]
-    compile_args += ["-Wall", "-Wextra", "-ffp-contract=off"]
+    compile_args += ["-falign-functions=64", "-falign-loops=64", "-Wall", "-Wextra", "-ffp-contract=off"]
     link_args = ["-pthread"]
 
 setup(

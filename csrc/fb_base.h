@@ -35,6 +35,7 @@
 #define FB_PREFETCH(p) _mm_prefetch((const char *)(p), _MM_HINT_T0)
 #define FB_PREFETCH_L2(p) _mm_prefetch((const char *)(p), _MM_HINT_T1)
 #define FB_PREFETCH_WRITE(p) FB_PREFETCH(p)
+#define FB_REGISTER(p)
 #else
 #define FB_INLINE static inline __attribute__((always_inline))
 #define FB_NOINLINE static __attribute__((noinline))
@@ -48,6 +49,8 @@
 #define FB_PREFETCH(p) __builtin_prefetch((p), 0, 3)
 #define FB_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
 #define FB_PREFETCH_WRITE(p) __builtin_prefetch((p), 1, 3)
+/* A pointer in a register of its own: without it gcc computes it anew from its parts at each use. */
+#define FB_REGISTER(p) __asm__("" : "+r"(p))
 #endif
 
 /* Threads are POSIX threads. */

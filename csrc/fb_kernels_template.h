@@ -23,7 +23,7 @@
 #define PANEL ((ptrdiff_t)(FB_PANEL_BYTES / sizeof(REAL)))
 #define PANEL_VECS ((int)(FB_PANEL_BYTES / sizeof(VEC)))
 #define FB_STRIP 16 /* k between two looks at what is left */
-#define FB_EXP_VECS 4 /* vectors side by side in exp: one after the other takes 1.05 times as long, for each step waits */
+#define FB_EXP_VECS 4 /* vectors side by side in exp: 2 take 1.05, 1 takes 1.34 times as long, for each step waits */
 
 /* Rows of n elements. */
 static void FN(copy)(const void *from_, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to_, ptrdiff_t to_row)
@@ -116,18 +116,32 @@ FB_INLINE void FN(finish_tile)(const int rows, const int vecs, const fb_product 
     }
 }
 
+/* The longer side of the tile comes one by one, so that the shorter side and the accumulators fit into the registers. */
 FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, const REAL *b, ptrdiff_t b_panel, VEC *s)
 {
-    VEC w[FB_TILE_VECS];
+    VEC side[FB_TILE_VECS], one;
+    if (rows < vecs) {
+        FB_UNROLL
+        for (int i = 0; i < rows; i++)
+            side[i] = V(splat)(a + i * FB_ROW);
+        FB_UNROLL
+        for (int j = 0; j < vecs; j++) {
+            one = V(load)(b + j / PANEL_VECS * b_panel + j % PANEL_VECS * LANES);
+            FB_UNROLL
+            for (int i = 0; i < rows; i++)
+                s[i * vecs + j] = V(fma)(side[i], one, s[i * vecs + j]);
+        }
+        return;
+    }
     FB_UNROLL
     for (int j = 0; j < vecs; j++)
-        w[j] = V(load)(b + j / PANEL_VECS * b_panel + j % PANEL_VECS * LANES);
+        side[j] = V(load)(b + j / PANEL_VECS * b_panel + j % PANEL_VECS * LANES);
     FB_UNROLL
     for (int i = 0; i < rows; i++) {
-        VEC x = V(splat)(a + i * FB_ROW);
+        one = V(splat)(a + i * FB_ROW);
         FB_UNROLL
         for (int j = 0; j < vecs; j++)
-            s[i * vecs + j] = V(fma)(x, w[j], s[i * vecs + j]);
+            s[i * vecs + j] = V(fma)(one, side[j], s[i * vecs + j]);
     }
 }
 
@@ -327,24 +341,25 @@ static void FN(compress)(const void *a_, ptrdiff_t a_row, ptrdiff_t rows, ptrdif
  * nonzeros one by one 1.07 (half zeros) and 1.1 to 1.2 (90 and 97 %); 6 panels in steps 1.07; 5 panels x 80 k 1.12;
  * slices of 88 and 96 k the same, of 256 k at 16 rows 1.25; rows in chunks whose sums stay in L1 1.01 to 1.05; pairs of
  * rows side by side, 2 panels x 128 k, 1.01. Sorting the rows by the length of their lists gains less in predicted
- * branches than it loses in the order of memory.
+ * branches than it loses in the order of memory. A panel's address in no register of its own: 1.05; offsets loaded one by
+ * one 1.02, values 1.04; the loop not at the start of a cache line: 1.06.
  * The next slice of B, at `ahead`, is fetched to L2 in passing. */
 FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_nonzeros *list, ptrdiff_t slice,
                                ptrdiff_t p, const REAL *ahead)
 {
     const int vecs = panels * PANEL_VECS, first = slice == 0, last = (slice + 1) * list->slice >= g->depth;
-    const ptrdiff_t b_panel = g->depth * PANEL, left = g->cols - p * PANEL;
-    const char *b = (const char *)((const REAL *)g->b + p * b_panel);
+    const ptrdiff_t b_panel = g->depth * PANEL, left = g->cols - p * PANEL, rows = g->rows, lines = ahead ? list->slice : 0;
+    const REAL *b = (const REAL *)g->b + p * b_panel, *values = (const REAL *)list->value + slice * list->slice;
     const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;
-    const uint16_t *count = list->count + slice * g->rows;
+    const uint16_t *offsets = list->offset + slice * list->slice, *count = list->count + slice * rows;
+    REAL *sums = list->sums;
     FN(place) at = FN(place_at)(g, 0, p * PANEL);
     ptrdiff_t due = 0;
-    for (ptrdiff_t i = 0; i < g->rows; i++) {
-        const REAL *value = (const REAL *)list->value + i * FB_ROW + slice * list->slice;
-        const uint16_t *offset = list->offset + i * FB_ROW + slice * list->slice;
-        REAL *sums = (REAL *)list->sums + i * FB_SPARSE_PANELS * PANEL;
+    for (ptrdiff_t i = 0; i < rows; i++, values += FB_ROW, offsets += FB_ROW, sums += FB_SPARSE_PANELS * PANEL) {
+        const REAL *value = values, *panel[FB_SPARSE_PANELS];
+        const uint16_t *offset = offsets;
         VEC s[FB_TILE_VECS];
-        for (due += ahead ? list->slice : 0; due >= g->rows; due -= g->rows, ahead += PANEL) {
+        for (due += lines; due >= rows; due -= rows, ahead += PANEL) {
             FB_UNROLL
             for (int q = 0; q < panels; q++)
                 FB_PREFETCH_L2(ahead + q * b_panel);
@@ -360,16 +375,22 @@ FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_n
         FB_UNROLL
         for (int j = 0; j < vecs; j++)
             s[j] = first ? V(zero)() : V(load)(sums + j * LANES);
+        FB_UNROLL
+        for (int q = 0; q < panels; q++) {
+            panel[q] = b + q * b_panel;
+            FB_REGISTER(panel[q]);
+        }
         for (ptrdiff_t n = count[i]; n > 0; n--, value += FB_STEP, offset += FB_STEP) {
             VEC x[FB_STEP];
-            const uint64_t offsets = fb_load_offsets(offset);
+            const uint64_t four = fb_load_offsets(offset);
             V(splats)(value, x);
             FB_UNROLL
             for (int q = 0; q < FB_STEP; q++) {
-                const REAL *w = (const REAL *)(const void *)(b + (uint16_t)(offsets >> 16 * q));
                 FB_UNROLL
-                for (int j = 0; j < vecs; j++)
-                    s[j] = V(fma)(x[q], V(load)(w + j / PANEL_VECS * b_panel + j % PANEL_VECS * LANES), s[j]);
+                for (int j = 0; j < vecs; j++) {
+                    const void *w = (const char *)panel[j / PANEL_VECS] + (uint16_t)(four >> 16 * q);
+                    s[j] = V(fma)(x[q], V(load)((const REAL *)w + j % PANEL_VECS * LANES), s[j]);
+                }
             }
         }
         if (!last) {
@@ -489,9 +510,9 @@ static int FN(all_finite)(const void *x_, ptrdiff_t n)
     for (int i = 0; i < n; i++)
 
 /* Limits beyond which exp is 0 and infinity; a NaN stays. */
-FB_INLINE VEC FN(exp_clamp)(const REAL low, const REAL high, VEC x)
+FB_INLINE VEC FN(exp_clamp)(const REAL *range, VEC x)
 {
-    return V(min)(V(splat)(&high), V(max)(V(splat)(&low), x));
+    return V(min)(V(splat)(range + 1), V(max)(V(splat)(range), x));
 }
 
 /* x = 2**n * e**r, |r| <= ln(2)/2: returns r_high and r in place of x, and t = n + 1.5 * 2**52 */
@@ -522,11 +543,12 @@ FB_NOINLINE void FN(exp_exact)(VEC *v)
     static const double q[] = {0x1.2880411bad1aap-22, 0x1.72c72ca338df0p-19, 0x1.a019c9a5652d3p-16,
                                0x1.a019ada3609f3p-13, 0x1.6c16c1738ff55p-10, 0x1.1111111c478ebp-7,
                                0x1.5555555554cb7p-5,  0x1.5555555553b78p-3,  0x1p-1};
+    static const float range[] = {-150, 130};
     enum { n = 4 };
     fb_f64_vec x[n], r[n], t[n], s[n];
     FB_UNROLL
     for (int i = 0; i < 2; i++) {
-        v[i] = FN(exp_clamp)(-150, 130, v[i]);
+        v[i] = FN(exp_clamp)(range, v[i]);
         x[2 * i] = V(widen_low)(v[i]);
         x[2 * i + 1] = V(widen_high)(v[i]);
     }
@@ -540,62 +562,54 @@ FB_NOINLINE void FN(exp_exact)(VEC *v)
         v[i] = V(narrow)(s[2 * i], s[2 * i + 1]);
 }
 
-/* Nearly always enough: x = k * ln(2)/8 + r, and e**x = 2**(k/8) * e**r as a sum of two float32, s + rest. Before the
- * scaling by a power of 2 their error is less than 1.06 * 2**-32: three sums rounded by at most 2**-34, q by 1.9 * 2**-35
- * and its polynomial 2**-37. If s + rest, more and less by that, rounds to one number, it is the right one; else, in 1
- * of 200, `unsure` is positive. Then, and for x outside of [-87, 88], x goes to exp_exact. A softmax takes 1.08 ns an
- * element, with exp_exact alone 1.22. */
+/* Nearly always enough. x = k * ln(2)/8 + r and 2**(j/8) = power[j] * (1 + rest[j]), where power[j] has 13 bits. The
+ * head of r, a multiple of 2**-11, is taken off, so that s = p + p * head is exact; then, but for a power of two,
+ *     e**x = s + p * w,  w = r - head + r * r/2 + rest * (1 + r) + r**2/2 * (rest + r/3 * (1 + rest) + r**2/12 + r**3/60)
+ * in absolute value less than 2**-9.6. Its error is less than 1.9 * 2**-34: rounded w 1, rounded r - head + ... 0.25,
+ * the product of rest and what k * ln(2)/8 has beyond k * ln2_high 0.27, the sums before 0.06 each, the polynomial 0.12.
+ * If s + p * (w +- 2**-33) rounds to one number, it is the right one (`error` is larger, lest the sum be rounded to
+ * less); else, in 1 of 360, `unsure` is positive, or NaN. Then x goes to exp_exact, and so it does beyond +-87, where
+ * the error is set to x**2 - 87**2. A softmax of 512 takes 0.95 ns an element, with exp_exact alone 1.22. */
 FB_INLINE void FN(exp_quick)(const int n, const VEC *x, VEC *y, VEC *unsure)
 {
-    /* 2**(j/8) rounded, and the logarithm of what it must be multiplied by to be exact */
-    static const float power[16] = {0x1p+0f,        0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f, 0x1.6a09e6p+0f, 0x1.8ace54p+0f,
-                                    0x1.ae89fap+0f, 0x1.d5818ep+0f, 0x1p+0f,        0x1.172b84p+0f, 0x1.306fe0p+0f, 0x1.4bfdaep+0f,
-                                    0x1.6a09e6p+0f, 0x1.8ace54p+0f, 0x1.ae89fap+0f, 0x1.d5818ep+0f};
-    static const float log_rest[16] = {
-        0,               -0x1.9c0c22p-27f, 0x1.125002p-25f, -0x1.0a3552p-25f, 0x1.26055cp-26f, 0x1.67a1cap-28f, -0x1.f9c306p-27f,
-        -0x1.a5217cp-28f, 0,               -0x1.9c0c22p-27f, 0x1.125002p-25f, -0x1.0a3552p-25f, 0x1.26055cp-26f, 0x1.67a1cap-28f,
-        -0x1.f9c306p-27f, -0x1.a5217cp-28f};
-    static const float round = 0x1.8p23f, inv = 0x1.715476p+3f, ln2_high = -0x1.62e43p-4f, ln2_low = 0x1.05c61p-32f;
-    static const float c2 = 0.5f, c3 = 0x1.555556p-3f, c4 = 0x1.555d04p-5f, c5 = 0x1.1115c6p-7f, error = 0x1.2p-32f;
-    const VEC c = V(splat)(&round), half = V(splat)(&c2), e = V(splat)(&error);
-    VEC t[FB_EXP_VECS], r[FB_EXP_VECS], r_rest[FB_EXP_VECS], r2[FB_EXP_VECS], q[FB_EXP_VECS], p[FB_EXP_VECS], pr[FB_EXP_VECS];
-    VEC s[FB_EXP_VECS], rest[FB_EXP_VECS];
-    FB_EACH_VEC t[i] = V(fma)(x[i], V(splat)(&inv), c);
-    FB_EACH_VEC y[i] = V(sub)(t[i], c);
-    /* r exactly, and the rest of the exponent */
-    FB_EACH_VEC r[i] = V(fma)(y[i], V(splat)(&ln2_high), x[i]);
-    FB_EACH_VEC r_rest[i] = V(fma)(y[i], V(splat)(&ln2_low), V(lookup8)(log_rest, t[i]));
-    /* q = e**(r + r_rest) - 1 - r: r**2 / 2 is added last and unrounded, for it is most of q */
-    FB_EACH_VEC r2[i] = V(mul)(r[i], r[i]);
-    FB_EACH_VEC q[i] = V(fma)(V(splat)(&c5), r[i], V(splat)(&c4));
-    FB_EACH_VEC y[i] = V(fma)(r[i], V(splat)(&c3), V(mul)(half, r_rest[i]));
-    FB_EACH_VEC q[i] = V(fma)(r2[i], q[i], y[i]);
-    FB_EACH_VEC q[i] = V(fma)(r2[i], q[i], V(fma)(r_rest[i], r[i], r_rest[i]));
-    FB_EACH_VEC q[i] = V(fma)(r[i], V(mul)(half, r[i]), q[i]);
-    /* s + rest = p + p * r + p * q */
+    static const float power[16] = {0x1p+0f, 0x1.173p+0f, 0x1.307p+0f, 0x1.4cp+0f, 0x1.6a1p+0f, 0x1.8adp+0f, 0x1.ae9p+0f, 0x1.d58p+0f,
+                                    0x1p+0f, 0x1.173p+0f, 0x1.307p+0f, 0x1.4cp+0f, 0x1.6a1p+0f, 0x1.8adp+0f, 0x1.ae9p+0f, 0x1.d58p+0f};
+    static const float power_rest[16] = {
+        0, -0x1.0736c4p-14f, -0x1.a5f74ep-20f, -0x1.ca8b44p-16f, -0x1.140906p-14f, -0x1.156e68p-16f, -0x1.ca89aap-15f, 0x1.b1d272p-17f,
+        0, -0x1.0736c4p-14f, -0x1.a5f74ep-20f, -0x1.ca8b44p-16f, -0x1.140906p-14f, -0x1.156e68p-16f, -0x1.ca89aap-15f, 0x1.b1d272p-17f};
+    static const float inv = 0x1.715476p+3f, ln2_high = -0x1.62e43p-4f, ln2_low = 0x1.05c61p-32f;
+    static const float round = 0x1.8p23f, round_head = 0x1.8p12f, error = 0x1.4p-33f, far = -87 * 87;
+    static const float c2 = 0.5f, c3 = 0x1.555556p-2f, c4 = 0x1.555d04p-4f, c5 = 0x1.1115c6p-6f;
+    VEC t[FB_EXP_VECS], k[FB_EXP_VECS], r[FB_EXP_VECS], rest[FB_EXP_VECS], head[FB_EXP_VECS], half[FB_EXP_VECS], e[FB_EXP_VECS];
+    VEC q[FB_EXP_VECS], w[FB_EXP_VECS], p[FB_EXP_VECS], s[FB_EXP_VECS];
+    FB_EACH_VEC t[i] = V(fma)(x[i], V(splat)(&inv), V(splat)(&round));
+    FB_EACH_VEC k[i] = V(sub)(t[i], V(splat)(&round));
+    FB_EACH_VEC r[i] = V(fma)(k[i], V(splat)(&ln2_high), x[i]); /* exact */
+    FB_EACH_VEC rest[i] = V(fma)(k[i], V(splat)(&ln2_low), V(lookup8)(power_rest, t[i]));
+    FB_EACH_VEC q[i] = V(fma)(r[i], V(splat)(&c5), V(splat)(&c4));
+    FB_EACH_VEC q[i] = V(fma)(r[i], q[i], V(fma)(rest[i], V(splat)(&c3), V(splat)(&c3)));
+    FB_EACH_VEC q[i] = V(fma)(r[i], q[i], rest[i]);
+    FB_EACH_VEC half[i] = V(mul)(r[i], V(splat)(&c2));
+    FB_EACH_VEC w[i] = V(fma)(V(mul)(r[i], half[i]), q[i], V(fma)(r[i], rest[i], rest[i]));
+    FB_EACH_VEC head[i] = V(sub)(V(add)(r[i], V(splat)(&round_head)), V(splat)(&round_head));
+    FB_EACH_VEC w[i] = V(add)(w[i], V(sub)(r[i], head[i]));
+    FB_EACH_VEC w[i] = V(fma)(r[i], half[i], w[i]);
     FB_EACH_VEC p[i] = V(lookup8)(power, t[i]);
-    FB_EACH_VEC pr[i] = V(mul)(p[i], r[i]);
-    FB_EACH_VEC s[i] = V(add)(p[i], pr[i]);
-    FB_EACH_VEC r[i] = V(fma)(p[i], r[i], V(sub)(V(zero)(), pr[i]));
-    FB_EACH_VEC rest[i] = V(sub)(pr[i], V(sub)(s[i], p[i]));
-    FB_EACH_VEC rest[i] = V(add)(rest[i], V(fma)(p[i], q[i], r[i]));
-    FB_EACH_VEC y[i] = V(add)(s[i], V(add)(rest[i], e));
-    FB_EACH_VEC unsure[i] = V(sub)(y[i], V(add)(s[i], V(sub)(rest[i], e)));
+    FB_EACH_VEC s[i] = V(fma)(p[i], head[i], p[i]);
+    FB_EACH_VEC e[i] = V(max)(V(fma)(x[i], x[i], V(splat)(&far)), V(splat)(&error));
+    FB_EACH_VEC y[i] = V(fma)(p[i], V(add)(w[i], e[i]), s[i]);
+    FB_EACH_VEC unsure[i] = V(sub)(y[i], V(fma)(p[i], V(sub)(w[i], e[i]), s[i]));
     FB_EACH_VEC y[i] = V(scale8)(y[i], t[i]);
 }
 
 FB_INLINE void FN(exp_vecs)(const int n, VEC *x)
 {
-    VEC y[FB_EXP_VECS], unsure[FB_EXP_VECS], outside[FB_EXP_VECS];
-    FB_EACH_VEC outside[i] = V(sub)(x[i], FN(exp_clamp)(-87, 88, x[i]));
+    VEC y[FB_EXP_VECS], unsure[FB_EXP_VECS];
     FN(exp_quick)(n, x, y, unsure);
     FB_UNROLL
     for (int i = 0; i < n; i += 2) {
         const int pair = i + 1 < n;
-        unsigned redo = V(nonzero)(pair ? V(add)(unsure[i], unsure[i + 1]) : unsure[i]) | V(nonzero)(outside[i]);
-        if (pair)
-            redo |= V(nonzero)(outside[i + 1]);
-        if (!FB_LIKELY(!redo)) {
+        if (!FB_LIKELY(!V(nonzero)(pair ? V(add)(unsure[i], unsure[i + 1]) : unsure[i]))) {
             VEC two[2] = {x[i], x[pair ? i + 1 : i]};
             FN(exp_exact)(two);
             y[i] = two[0];
@@ -614,8 +628,9 @@ FB_INLINE void FN(exp_vecs)(const int n, VEC *x)
                                0x1.71de0da9d06acp-19, 0x1.a01a01a47bb19p-16, 0x1.a01a01a7c54aep-13,
                                0x1.6c16c16c167e0p-10, 0x1.11111111109b2p-7,  0x1.5555555555555p-5,
                                0x1.5555555555556p-3,  0x1p-1};
+    static const double range[] = {-746, 710};
     VEC r[FB_EXP_VECS], t[FB_EXP_VECS], s[FB_EXP_VECS];
-    FB_EACH_VEC x[i] = FN(exp_clamp)(-746, 710, x[i]);
+    FB_EACH_VEC x[i] = FN(exp_clamp)(range, x[i]);
     FN(exp_reduce)(n, x, r, t);
     FN(exp_polynomial)(n, q, (int)(sizeof q / sizeof *q), r, s);
     FB_EACH_VEC {
