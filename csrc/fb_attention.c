@@ -22,9 +22,9 @@ typedef struct attention_task {
     char *keys, *out;       /* (batch, P, E), (batch, P, P) */
     fb_panels *packed;      /* of each batch item: its allowed keys */
     ptrdiff_t *key, *ends;  /* of each batch item: the numbers of its allowed keys, and where the blocks end */
-    char *workspace;        /* of each part: scores, queries as staged, positions as staged */
-    ptrdiff_t workspace_part, scores_bytes, queries_bytes;
-    fb_status *status; /* of each part */
+    char *workspace;        /* of each thread: scores, queries as staged, positions as staged */
+    ptrdiff_t workspace_bytes, scores_bytes, queries_bytes;
+    fb_status *status; /* of each thread */
 } attention_task;
 
 static ptrdiff_t blocks_of(ptrdiff_t positions)
@@ -52,12 +52,12 @@ static fb_status pack_keys(const attention_task *t, ptrdiff_t b)
     return fb_panels_pack(t->params->dtype, keys, n, width, width, &t->packed[b]);
 }
 
-static void pack_part(void *context, int part, int parts)
+static void pack_part(void *context, int thread, int part, int parts)
 {
     const attention_task *t = context;
     for (ptrdiff_t b = part; b < t->batch; b += parts)
         if (pack_keys(t, b))
-            t->status[part] = FB_NO_MEMORY;
+            t->status[thread] = FB_NO_MEMORY;
 }
 
 /* Pass 3, one tile of queries: the queries, scores of the keys they may see, finished but not yet scaled, and softmax. */
@@ -96,13 +96,13 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
             memcpy(fb_at(out, r * t->positions + key[j], size), fb_at(scores, r * t->scores_row + j, size), (size_t)size);
 }
 
-/* Tiles are dealt out in turn: with causal the later ones are longer. */
-static void weigh_part(void *context, int part, int parts)
+/* Every parts-th tile: with causal the later ones are longer. */
+static void weigh_part(void *context, int thread, int part, int parts)
 {
     const attention_task *t = context;
     const ptrdiff_t tiles = (t->positions + t->tile - 1) / t->tile;
     for (ptrdiff_t n = part; n < t->batch * tiles; n += parts)
-        weigh(t, n / tiles, n % tiles * t->tile, t->workspace + part * t->workspace_part);
+        weigh(t, n / tiles, n % tiles * t->tile, t->workspace + thread * t->workspace_bytes);
 }
 
 fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
@@ -113,23 +113,23 @@ fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const v
     if (rows == 0)
         return FB_OK;
     const double root = 1.0 / sqrt((double)width);
-    const int parts = fb_parts((double)rows * ((double)positions * (double)(width + 32) + 2.0 * (double)width * (double)features),
-                               rows);
+    const double work = (double)rows * ((double)positions * (double)(width + 32) + 2.0 * (double)width * (double)features);
+    const int threads = fb_threads(work, rows);
     attention_task t = {.k = k, .params = params, .x = x, .batch = batch, .positions = positions, .key_mask = key_mask,
                         .causal = causal, .scale = params->dtype == FB_F32 ? (float)root : root, .out = out};
-    fb_status status = FB_NO_MEMORY, part_status[256] = {FB_OK};
-    t.status = part_status;
+    fb_status status = FB_NO_MEMORY, thread_status[FB_MAX_THREADS] = {FB_OK};
+    t.status = thread_status;
     t.scores_row = fb_round_up(positions, k->panel) + k->panel; /* not a power of two: rows in different cache sets */
-    t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * k->size)), (rows + parts - 1) / parts));
+    t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * k->size)), (rows + threads - 1) / threads));
     t.tile = fb_min(t.tile, fb_stage_rows(k, t.tile, features));
     t.scores_bytes = fb_round_up(t.tile, FB_SOFTMAX_ROWS) * t.scores_row * k->size;
     t.queries_bytes = fb_round_up(fb_stage_bytes(k, t.tile, width), 64);
-    t.workspace_part = fb_round_up(t.scores_bytes + t.queries_bytes + fb_stage_bytes(k, t.tile, features), 64);
+    t.workspace_bytes = fb_round_up(t.scores_bytes + t.queries_bytes + fb_stage_bytes(k, t.tile, features), 64);
     t.keys = fb_alloc(rows, width, k->size);
     t.packed = fb_alloc(batch, 1, sizeof *t.packed);
     t.key = fb_alloc(rows, 1, sizeof *t.key);
     t.ends = fb_alloc(batch, blocks_of(positions), sizeof *t.ends);
-    t.workspace = fb_alloc(parts, t.workspace_part, 1);
+    t.workspace = fb_alloc(threads, t.workspace_bytes, 1);
     if (t.keys && t.packed && t.key && t.ends && t.workspace) {
         fb_fp_mode mode = fb_fp_enter();
         memset(t.packed, 0, (size_t)batch * sizeof *t.packed);
@@ -137,12 +137,12 @@ fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const v
         status = fb_project_rows(k, x, rows, &params->w_k, params->b_k, 0, t.keys);
         /* 2. the allowed keys, packed */
         if (status == FB_OK)
-            fb_parallel(pack_part, &t, (int)fb_min(parts, batch));
-        for (int part = 0; part < parts; part++)
-            status = part_status[part] ? part_status[part] : status;
+            fb_parallel(pack_part, &t, threads, (int)fb_min(threads, batch));
+        for (int i = 0; i < threads; i++)
+            status = thread_status[i] ? thread_status[i] : status;
         /* 3. queries, scores and softmax */
         if (status == FB_OK)
-            fb_parallel(weigh_part, &t, parts);
+            fb_parallel(weigh_part, &t, threads, fb_parts(threads, work, batch * ((positions + t.tile - 1) / t.tile)));
         fb_fp_leave(mode);
         for (ptrdiff_t b = 0; b < batch; b++)
             fb_panels_free(&t.packed[b]);

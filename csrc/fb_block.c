@@ -14,7 +14,7 @@ typedef struct block_task {
     const void *x, *weights;
     ptrdiff_t batch, x_batch, weights_batch, positions, z_row;
     char *out, *workspace;
-    ptrdiff_t workspace_part, tile, stage_bytes;
+    ptrdiff_t workspace_bytes, tile, stage_bytes; /* the workspace of each thread */
 } block_task;
 
 /* z (n x D, z_row apart) = mixed positions row .. row + n of one batch item */
@@ -26,11 +26,11 @@ static void mix(const block_task *t, ptrdiff_t row, ptrdiff_t n, void *z, void *
 }
 
 /* All rows of the batch in one line, cut evenly, in tiles that do not cross from one batch item to the next. */
-static void rows_part(void *context, int part, int parts)
+static void rows_part(void *context, int thread, int part, int parts)
 {
     const block_task *t = context;
     const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = t->params->w1.k;
-    char *stage = t->workspace + part * t->workspace_part, *workspace = stage + t->stage_bytes;
+    char *stage = t->workspace + thread * t->workspace_bytes, *workspace = stage + t->stage_bytes;
     /* one block of features: mixed where it is wanted */
     char *z = features <= FB_BLOCK ? stage : workspace;
     workspace += z == stage ? 0 : fb_round_up(t->tile * t->z_row * t->k->size, 64);
@@ -45,8 +45,9 @@ static void rows_part(void *context, int part, int parts)
 }
 
 /* Features and hidden units that fit into a vector, a few positions: whole batch items. */
-static void small_part(void *context, int part, int parts)
+static void small_part(void *context, int thread, int part, int parts)
 {
+    (void)thread;
     const block_task *t = context;
     const struct fb_kernels *k = t->k;
     const fb_params *params = t->params;
@@ -75,17 +76,19 @@ static fb_status mix_and_feed_forward(block_task *t)
     const fb_params *params = t->params;
     const ptrdiff_t features = params->w1.k, rows = t->batch * t->positions;
     if (t->positions <= SMALL_POSITIONS && fb_max(features, params->w1.n) <= k->lanes) {
-        fb_parallel(small_part, t, fb_parts((double)rows * (double)features * (double)(t->positions + 2 * params->w1.n), t->batch));
+        const double work = (double)rows * (double)features * (double)(t->positions + 2 * params->w1.n);
+        const int threads = fb_threads(work, t->batch);
+        fb_parallel(small_part, t, threads, fb_parts(threads, work, t->batch));
         return FB_OK;
     }
-    const int parts = fb_parts((double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n),
-                               fb_max(rows, params->w1.n / k->panel));
+    const double work = (double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n);
+    const int threads = fb_threads(work, fb_max(rows, params->w1.n / k->panel));
     const ptrdiff_t tile = t->tile = fb_stage_rows(k, t->positions, features);
     const ptrdiff_t mix_workspace = fb_mix_workspace(k, tile, t->positions, features);
     fb_status status = FB_OK;
     FB_SCRATCH(stack);
     t->z_row = features <= FB_BLOCK ? FB_ROW : fb_round_up(features, k->panel);
-    if (parts > 1 && rows < FB_FEW_ROWS * parts) { /* few rows: all mixed positions, then a feed-forward by columns */
+    if (threads > 1 && rows < FB_FEW_ROWS * threads) { /* few rows: all mixed positions, then a feed-forward by columns */
         char *z = fb_alloc(rows, t->z_row, k->size);
         void *workspace = fb_workspace(stack, 1, mix_workspace);
         if (z && workspace) {
@@ -102,11 +105,11 @@ static fb_status mix_and_feed_forward(block_task *t)
         return status;
     }
     t->stage_bytes = fb_round_up(fb_stage_bytes(k, tile, features), 64);
-    t->workspace_part = t->stage_bytes + (features <= FB_BLOCK ? 0 : fb_round_up(tile * t->z_row * k->size, 64))
+    t->workspace_bytes = t->stage_bytes + (features <= FB_BLOCK ? 0 : fb_round_up(tile * t->z_row * k->size, 64))
                         + fb_round_up(fb_max(mix_workspace, fb_feed_forward_workspace(k, tile)), 64);
-    if (!(t->workspace = fb_workspace(stack, parts, t->workspace_part)))
+    if (!(t->workspace = fb_workspace(stack, threads, t->workspace_bytes)))
         return FB_NO_MEMORY;
-    fb_parallel(rows_part, t, parts);
+    fb_parallel(rows_part, t, threads, fb_parts(threads, work, rows / FB_PART_ROWS));
     fb_workspace_free(stack, t->workspace);
     return FB_OK;
 }

@@ -16,8 +16,8 @@ typedef struct feed_forward {
     ptrdiff_t x_row, rows;
     void *out;
     void *stage, *hidden; /* by columns: all of x, staged; all of the hidden activations, as staged */
-    char *workspace;
-    ptrdiff_t workspace_part, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
+    char *workspace; /* of each thread */
+    ptrdiff_t workspace_bytes, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
 } feed_forward;
 
 /* h (rows x n, FB_ROW apart) = up_project of hidden units f .. f + n, and of the padding up to whole panels */
@@ -69,11 +69,11 @@ void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, c
     } while (f < params->w1.n);
 }
 
-static void rows_part(void *context, int part, int parts)
+static void rows_part(void *context, int thread, int part, int parts)
 {
     const feed_forward *t = context;
     const ptrdiff_t features = t->params->w1.k, size = t->k->size, end = t->rows * (part + 1) / parts;
-    char *stage = t->workspace + part * t->workspace_part;
+    char *stage = t->workspace + thread * t->workspace_bytes;
     ptrdiff_t i = t->rows * part / parts;
     for (ptrdiff_t rows; i < end; i += rows) {
         rows = fb_min(t->tile, end - i);
@@ -82,8 +82,9 @@ static void rows_part(void *context, int part, int parts)
     }
 }
 
-static void up_part(void *context, int part, int parts)
+static void up_part(void *context, int thread, int part, int parts)
 {
+    (void)thread;
     const feed_forward *t = context;
     ptrdiff_t f, n, step;
     fb_columns_of(t->k, t->params->w1.n, part, parts, &f, &n);
@@ -93,14 +94,14 @@ static void up_part(void *context, int part, int parts)
     }
 }
 
-static void down_part(void *context, int part, int parts)
+static void down_part(void *context, int thread, int part, int parts)
 {
     const feed_forward *t = context;
     ptrdiff_t first, cols;
     fb_columns_of(t->k, t->params->w2.n, part, parts, &first, &cols);
     for (ptrdiff_t f = 0; f < t->params->w1.n; f += FB_BLOCK)
         down(t, fb_at(t->hidden, f * t->rows / FB_BLOCK * FB_ROW, t->k->size), t->rows, f, first, cols, t->out, 0,
-             t->workspace + part * t->workspace_part);
+             t->workspace + thread * t->workspace_bytes);
 }
 
 fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
@@ -109,31 +110,32 @@ fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *param
     const ptrdiff_t hidden = params->w1.n, features = params->w1.k;
     if (features == 0)
         return FB_OK;
-    const int parts = fb_parts(2.0 * (double)rows * (double)hidden * (double)features,
-                               fb_max(rows, fb_min(hidden, features) / k->panel));
+    const double work = 2.0 * (double)rows * (double)hidden * (double)features;
+    const int threads = fb_threads(work, fb_max(rows, fb_min(hidden, features) / k->panel));
     feed_forward t = {.k = k, .params = params, .x = x, .x_row = x_row, .rows = rows, .out = out};
     FB_SCRATCH(stack);
     const ptrdiff_t blocks = (hidden + FB_BLOCK - 1) / FB_BLOCK;
-    const int by_columns = parts > 1 && rows < FB_FEW_ROWS * parts && rows <= FB_ROWS
-                           && rows * blocks * FB_ROW * k->size <= (ptrdiff_t)FEW_HIDDEN * parts;
+    const int by_columns = threads > 1 && rows < FB_FEW_ROWS * threads && rows <= FB_ROWS
+                           && rows * blocks * FB_ROW * k->size <= (ptrdiff_t)FEW_HIDDEN * threads;
+    const int parts = fb_parts(threads, work, rows / FB_PART_ROWS);
     const ptrdiff_t tile = t.tile = fb_stage_rows(k, (rows + parts - 1) / parts, features);
     if (by_columns) {
-        t.workspace_part = fb_round_up(fb_skip_workspace(k, rows, 0), 64);
+        t.workspace_bytes = fb_round_up(fb_skip_workspace(k, rows, 0), 64);
         t.stage = fb_alloc(fb_stage_bytes(k, rows, features), 1, 1);
         t.hidden = fb_alloc(rows * blocks, FB_ROW, k->size);
     } else {
         t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, features), 64);
-        t.workspace_part = fb_round_up(t.stage_bytes + fb_feed_forward_workspace(k, tile), 64);
+        t.workspace_bytes = fb_round_up(t.stage_bytes + fb_feed_forward_workspace(k, tile), 64);
     }
     fb_status status = FB_NO_MEMORY;
-    t.workspace = fb_workspace(stack, parts, t.workspace_part);
+    t.workspace = fb_workspace(stack, threads, t.workspace_bytes);
     if (t.workspace && !by_columns) {
-        fb_parallel(rows_part, &t, parts);
+        fb_parallel(rows_part, &t, threads, parts);
         status = FB_OK;
     } else if (t.workspace && t.stage && t.hidden) {
         fb_stage(k, x, x_row, rows, features, t.stage);
-        fb_parallel(up_part, &t, parts);
-        fb_parallel(down_part, &t, parts);
+        fb_parallel(up_part, &t, threads, fb_parts(threads, work / 2, hidden / k->panel));
+        fb_parallel(down_part, &t, threads, threads);
         status = FB_OK;
     }
     fb_free(t.stage);

@@ -22,6 +22,8 @@ enum {
     FB_STEP = 4,         /* nonzeros taken at a time: their offsets are one word, their values one vector */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
     FB_SOFTMAX_ROWS = 16, /* the most lanes of a vector in any tier: they are rows where softmax sums */
+    FB_PART_ROWS = 96,   /* rows of a part, where a thread has more than one: each part reads all weights */
+    FB_MAX_THREADS = 256,
     FB_STACK_BYTES = 32768, /* workspaces up to this size are on the stack */
     /* Elements from one row of a left operand to the next: an odd number of cache lines, so that rows do not all fall
      * into the same cache sets. */
@@ -127,11 +129,14 @@ void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, c
 fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
                               ptrdiff_t rows, void *out);
 
-/* fb_threads.c: run task(context, part, parts) for every part, on the pool's threads and this one; each thread in the
- * default floating-point mode. fb_parts: into how many parts to cut `work` multiply-adds, at most `limit`. */
-typedef void fb_task(void *context, int part, int parts);
-void fb_parallel(fb_task *task, void *context, int parts);
-int fb_parts(double work, ptrdiff_t limit);
+/* fb_threads.c: run task(context, thread, part, parts) for every part, on at most `threads` threads, each in the default
+ * floating-point mode; a thread, 0 <= thread < threads, has one part at a time. fb_threads: how many threads `work`
+ * multiply-adds are worth, at most `limit`. fb_parts: into how many parts to cut it for them, a whole number a thread,
+ * at most `limit` or one a thread. */
+typedef void fb_task(void *context, int thread, int part, int parts);
+void fb_parallel(fb_task *task, void *context, int threads, int parts);
+int fb_threads(double work, ptrdiff_t limit);
+int fb_parts(int threads, double work, ptrdiff_t limit);
 
 FB_INLINE ptrdiff_t fb_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
 FB_INLINE ptrdiff_t fb_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
@@ -153,11 +158,11 @@ FB_INLINE void fb_columns_of(const struct fb_kernels *k, ptrdiff_t cols, int par
     *n = fb_min(panels * (part + 1) / parts * k->panel, cols) - *first;
 }
 
-/* A workspace of parts x bytes, on the stack where it is small: a tiny block takes less time than malloc. */
+/* A workspace of threads x bytes, on the stack where it is small: a tiny block takes less time than malloc. */
 #define FB_SCRATCH(name) FB_ALIGNED(64) char name[FB_STACK_BYTES]
-FB_INLINE void *fb_workspace(char *stack, ptrdiff_t parts, ptrdiff_t bytes)
+FB_INLINE void *fb_workspace(char *stack, ptrdiff_t threads, ptrdiff_t bytes)
 {
-    return parts == 1 && bytes <= FB_STACK_BYTES ? stack : fb_alloc(parts, bytes, 1);
+    return threads == 1 && bytes <= FB_STACK_BYTES ? stack : fb_alloc(threads, bytes, 1);
 }
 FB_INLINE void fb_workspace_free(char *stack, void *workspace)
 {

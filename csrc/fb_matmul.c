@@ -129,18 +129,18 @@ typedef struct project_task {
     const void *x, *bias;
     const fb_panels *w;
     void *out;
-    char *workspace; /* of each part: a stage, and totals if they have a place of their own */
-    ptrdiff_t workspace_part, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
+    char *workspace; /* of each thread: a stage, and totals if they have a place of their own */
+    ptrdiff_t workspace_bytes, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
     ptrdiff_t rows;
     int relu, totals, by_columns;
 } project_task;
 
-static void project_part(void *context, int part, int parts)
+static void project_part(void *context, int thread, int part, int parts)
 {
     const project_task *t = context;
     const fb_panels *w = t->w;
     const ptrdiff_t size = t->k->size;
-    char *stage = t->workspace + part * t->workspace_part, *totals = t->totals ? stage + t->stage_bytes : NULL;
+    char *stage = t->workspace + thread * t->workspace_bytes, *totals = t->totals ? stage + t->stage_bytes : NULL;
     ptrdiff_t i = 0, end = t->rows, first = 0, cols = w->n;
     if (t->by_columns) {
         fb_columns_of(t->k, w->n, part, parts, &first, &cols);
@@ -162,18 +162,20 @@ fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t r
     if (w->n == 0)
         return FB_OK;
     project_task t = {.k = k, .x = x, .bias = bias, .w = w, .out = out, .rows = rows, .relu = relu};
-    const int parts = fb_parts((double)rows * (double)w->n * (double)w->k, fb_max(rows, w->n / k->panel));
+    const double work = (double)rows * (double)w->n * (double)w->k;
+    const int threads = fb_threads(work, fb_max(rows, w->n / k->panel));
     /* Several blocks of k and long rows of C: totals in C would share few cache sets (up_project 128 x 768 -> 3072:
      * 85 % of the FMA peak with the totals in C). */
     t.totals = w->k > FB_BLOCK && w->n > COLUMNS && rows > 16;
-    t.by_columns = rows < FB_FEW_ROWS * parts;
+    t.by_columns = rows < FB_FEW_ROWS * threads;
+    const int parts = fb_parts(threads, work, t.by_columns ? w->n / k->panel : rows / FB_PART_ROWS);
     const ptrdiff_t tile = t.tile = fb_stage_rows(k, t.by_columns ? rows : (rows + parts - 1) / parts, w->k);
     FB_SCRATCH(stack);
     t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, w->k), 64);
-    t.workspace_part = t.stage_bytes + (t.totals ? tile * FB_ROW * k->size : 0);
-    if (!(t.workspace = fb_workspace(stack, parts, t.workspace_part)))
+    t.workspace_bytes = t.stage_bytes + (t.totals ? tile * FB_ROW * k->size : 0);
+    if (!(t.workspace = fb_workspace(stack, threads, t.workspace_bytes)))
         return FB_NO_MEMORY;
-    fb_parallel(project_part, &t, parts);
+    fb_parallel(project_part, &t, threads, parts);
     fb_workspace_free(stack, t.workspace);
     return FB_OK;
 }
@@ -237,21 +239,22 @@ typedef struct mix_task {
     void *out;
     ptrdiff_t batch, weights_batch, x_batch, positions, features;
     char *workspace;
-    ptrdiff_t workspace_part;
+    ptrdiff_t workspace_bytes;
+    ptrdiff_t unit; /* rows that stay together: those of a batch item where there are enough of them */
 } mix_task;
 
 /* All rows of the batch in one line, cut evenly. */
-static void mix_part(void *context, int part, int parts)
+static void mix_part(void *context, int thread, int part, int parts)
 {
     const mix_task *t = context;
-    const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, size = t->k->size;
-    ptrdiff_t row = total * part / parts, rows;
+    const ptrdiff_t units = t->batch * t->positions / t->unit, end = units * (part + 1) / parts * t->unit, size = t->k->size;
+    ptrdiff_t row = units * part / parts * t->unit, rows;
     for (; row < end; row += rows) {
         const ptrdiff_t b = row / t->positions, i = row % t->positions;
         rows = fb_min(t->positions - i, end - row);
         fb_mix_rows(t->k, fb_at(t->weights, b * t->weights_batch + i * t->positions, size), t->positions, rows,
                     fb_at(t->x, b * t->x_batch, size), t->positions, t->features,
-                    fb_at(t->out, row * t->features, size), t->features, t->workspace + part * t->workspace_part);
+                    fb_at(t->out, row * t->features, size), t->features, t->workspace + thread * t->workspace_bytes);
     }
 }
 
@@ -261,15 +264,15 @@ fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights,
     if (features == 0)
         return FB_OK;
     const struct fb_kernels *k = fb_kernels_in_use(dtype);
-    const int parts = fb_parts((double)batch * (double)positions * (double)positions * (double)features,
-                               batch * positions);
-    mix_task t = {k, weights, x, out, batch, weights_batch, x_batch, positions, features, NULL, 0};
+    const double work = (double)batch * (double)positions * (double)positions * (double)features;
+    const int threads = fb_threads(work, batch * positions);
+    mix_task t = {k, weights, x, out, batch, weights_batch, x_batch, positions, features, NULL, 0, batch < 2 * threads ? 1 : positions};
     FB_SCRATCH(stack);
-    t.workspace_part = fb_round_up(fb_mix_workspace(k, positions, positions, features), 64);
-    if (!(t.workspace = fb_workspace(stack, parts, t.workspace_part)))
+    t.workspace_bytes = fb_round_up(fb_mix_workspace(k, positions, positions, features), 64);
+    if (!(t.workspace = fb_workspace(stack, threads, t.workspace_bytes)))
         return FB_NO_MEMORY;
     fb_fp_mode mode = fb_fp_enter();
-    fb_parallel(mix_part, &t, parts);
+    fb_parallel(mix_part, &t, threads, fb_parts(threads, work, t.unit > 1 ? batch : batch * positions / FB_PART_ROWS));
     fb_fp_leave(mode);
     fb_workspace_free(stack, t.workspace);
     return FB_OK;

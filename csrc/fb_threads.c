@@ -1,8 +1,10 @@
 /* fb_threads.c - a small pool of threads.
  *
- * Static partition: part p of a call runs on worker p - 1, part 0 on the caller. Workers start at the first call that
- * wants them, spin briefly for the next one, then sleep. A caller that finds the pool busy runs its parts itself, so
- * concurrent callers never oversubscribe the CPU. After fork() the child begins with an empty pool.
+ * The parts of a call are dealt out on demand, to the caller and the workers that have come: a thread whose core is
+ * shared with others takes fewer, and nobody waits for a worker that comes late. Which thread takes a part cannot be seen
+ * in the result. Workers start at the first call that wants them, spin briefly for the next one, then sleep. A caller
+ * that finds the pool busy runs its parts itself, so concurrent callers never oversubscribe the CPU. After fork() the
+ * child begins with an empty pool.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include "fb_kernels.h"
@@ -11,7 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { MAX_THREADS = 256 };
+enum { MOST_PARTS = 8 /* a thread */ };
 static const double PART_WORK = 1e6; /* multiply-adds: about 20 us; waking a sleeping worker takes 5 to 50 us */
 
 static _Atomic int num_threads; /* 0: not yet known */
@@ -20,7 +22,7 @@ static int from_environment(const char *name)
 {
     const char *text = getenv(name);
     long n = text ? strtol(text, NULL, 10) : 0; /* OMP_NUM_THREADS may be a list: its first number counts */
-    return n < 1 ? 0 : n > MAX_THREADS ? MAX_THREADS : (int)n;
+    return n < 1 ? 0 : n > FB_MAX_THREADS ? FB_MAX_THREADS : (int)n;
 }
 
 #if FB_THREADS
@@ -60,48 +62,67 @@ static int available_cpus(void)
         cpus = whole < cpus ? whole : cpus;
     }
 #endif
-    return cpus < 1 ? 1 : cpus > MAX_THREADS ? MAX_THREADS : (int)cpus;
+    return cpus < 1 ? 1 : cpus > FB_MAX_THREADS ? FB_MAX_THREADS : (int)cpus;
 }
+
+enum {
+    SPINS = 20000,  /* about 50 us: longer than the serial stretches between two calls of a stack of blocks */
+    OPEN = 1 << 15, /* bit of pool.call: parts may be left */
+};
 
 static struct {
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
-    _Atomic int busy;       /* a call owns the pool */
-    _Atomic uint64_t round; /* number of the call * 2**16 + its parts: one word, so that a late worker sees both */
-    _Atomic int pending;    /* parts not yet done by workers */
+    _Atomic int busy; /* a call owns the pool */
+    /* number of the call * 2**32 + its threads * 2**16 + OPEN + workers inside: one word, so that a worker that
+     * comes late enters the call that it has seen, or none */
+    _Atomic uint64_t call;
+    _Atomic int next; /* the first part not yet taken */
     _Atomic int sleepers, caller_sleeps;
     fb_task *task;
     void *context;
-    int workers;
+    int parts, workers;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
 
-enum { SPINS = 20000 }; /* about 50 us: longer than the serial stretches between two calls of a stack of blocks */
+static void take_parts(int thread)
+{
+    for (int part; (part = atomic_fetch_add(&pool.next, 1)) < pool.parts;)
+        pool.task(pool.context, thread, part, pool.parts);
+}
+
+static int inside(uint64_t call)
+{
+    return (int)(call & (OPEN - 1));
+}
 
 static void *worker(void *argument)
 {
-    const int part = (int)(intptr_t)argument;
+    const int thread = (int)(intptr_t)argument;
     uint64_t seen = 0;
     fb_fp_enter();
     for (;;) {
-        uint64_t round = atomic_load(&pool.round);
-        for (int spin = 0; round == seen && spin < SPINS; spin++) {
+        uint64_t call = atomic_load(&pool.call);
+        for (int spin = 0; call >> 32 == seen && spin < SPINS; spin++) {
             fb_pause();
-            round = atomic_load(&pool.round);
+            call = atomic_load(&pool.call);
         }
-        if (round == seen) {
+        if (call >> 32 == seen) {
             pthread_mutex_lock(&pool.lock);
             atomic_fetch_add(&pool.sleepers, 1);
-            while ((round = atomic_load(&pool.round)) == seen)
+            while ((call = atomic_load(&pool.call)) >> 32 == seen)
                 pthread_cond_wait(&pool.wake, &pool.lock);
             atomic_fetch_sub(&pool.sleepers, 1);
             pthread_mutex_unlock(&pool.lock);
         }
-        seen = round;
-        const int parts = (int)(round & 0xffff);
-        if (part >= parts)
-            continue; /* not in this call: the fields below may already belong to the next */
-        pool.task(pool.context, part, parts);
-        if (atomic_fetch_sub(&pool.pending, 1) == 1 && atomic_load(&pool.caller_sleeps)) {
+        seen = call >> 32;
+        int enters = 0;
+        while (!enters && call >> 32 == seen && call & OPEN && thread < (int)(call >> 16 & 0xffff))
+            enters = atomic_compare_exchange_weak(&pool.call, &call, call + 1);
+        if (!enters)
+            continue; /* not in this call: the fields of the pool may already belong to the next */
+        take_parts(thread);
+        call = atomic_fetch_sub(&pool.call, 1) - 1;
+        if (!(call & OPEN) && !inside(call) && atomic_load(&pool.caller_sleeps)) {
             pthread_mutex_lock(&pool.lock);
             pthread_cond_signal(&pool.done);
             pthread_mutex_unlock(&pool.lock);
@@ -117,8 +138,7 @@ static void forget_workers(void)
     pthread_cond_init(&pool.wake, NULL);
     pthread_cond_init(&pool.done, NULL);
     atomic_store(&pool.busy, 0);
-    atomic_store(&pool.round, 0);
-    atomic_store(&pool.pending, 0);
+    atomic_store(&pool.call, 0);
     atomic_store(&pool.sleepers, 0);
     atomic_store(&pool.caller_sleeps, 0);
     pool.workers = 0;
@@ -144,41 +164,40 @@ static void start_workers(int wanted)
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
-void fb_parallel(fb_task *task, void *context, int parts)
+void fb_parallel(fb_task *task, void *context, int threads, int parts)
 {
-    int helped = 1; /* parts 1 .. helped - 1 run on workers */
-    if (parts > 1 && !atomic_exchange(&pool.busy, 1)) {
-        if (pool.workers < parts - 1)
-            start_workers(parts - 1);
-        helped = (int)fb_min(parts, pool.workers + 1);
-        if (helped > 1 && helped < parts)
-            helped = 1; /* the system denied threads: workers go by the number of parts, so do without them */
-        if (helped > 1) {
-            pool.task = task;
-            pool.context = context;
-            atomic_store(&pool.pending, helped - 1);
-            atomic_store(&pool.round, ((atomic_load(&pool.round) >> 16) + 1) << 16 | (uint64_t)parts);
-            if (atomic_load(&pool.sleepers)) {
-                pthread_mutex_lock(&pool.lock);
-                pthread_cond_broadcast(&pool.wake);
-                pthread_mutex_unlock(&pool.lock);
-            }
-        } else {
-            atomic_store(&pool.busy, 0);
-        }
+    int owner = threads > 1 && parts > 1 && !atomic_exchange(&pool.busy, 1);
+    if (owner && pool.workers < threads - 1)
+        start_workers(threads - 1);
+    if (owner && pool.workers == 0) { /* the system denied threads */
+        atomic_store(&pool.busy, 0);
+        owner = 0;
     }
-    task(context, 0, parts);
-    if (helped == 1) {
-        for (int part = 1; part < parts; part++)
-            task(context, part, parts);
+    if (!owner) {
+        for (int part = 0; part < parts; part++)
+            task(context, 0, part, parts);
         return;
     }
-    for (int spin = 0; atomic_load(&pool.pending) && spin < SPINS; spin++)
+    pool.task = task;
+    pool.context = context;
+    pool.parts = parts;
+    atomic_store(&pool.next, 0);
+    atomic_store(&pool.call, ((atomic_load(&pool.call) >> 32) + 1) << 32 | (uint64_t)threads << 16 | OPEN);
+    if (atomic_load(&pool.sleepers)) {
+        pthread_mutex_lock(&pool.lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.lock);
+    }
+    take_parts(0);
+    uint64_t call = atomic_fetch_and(&pool.call, ~(uint64_t)OPEN);
+    for (int spin = 0; inside(call) && spin < SPINS; spin++) {
         fb_pause();
-    if (atomic_load(&pool.pending)) {
+        call = atomic_load(&pool.call);
+    }
+    if (inside(call)) {
         pthread_mutex_lock(&pool.lock);
         atomic_store(&pool.caller_sleeps, 1);
-        while (atomic_load(&pool.pending))
+        while (inside(atomic_load(&pool.call)))
             pthread_cond_wait(&pool.done, &pool.lock);
         atomic_store(&pool.caller_sleeps, 0);
         pthread_mutex_unlock(&pool.lock);
@@ -193,10 +212,11 @@ static int available_cpus(void)
     return 1;
 }
 
-void fb_parallel(fb_task *task, void *context, int parts)
+void fb_parallel(fb_task *task, void *context, int threads, int parts)
 {
+    (void)threads;
     for (int part = 0; part < parts; part++)
-        task(context, part, parts);
+        task(context, 0, part, parts);
 }
 
 #endif
@@ -215,13 +235,19 @@ int fb_get_num_threads(void)
 
 void fb_set_num_threads(int n)
 {
-    atomic_store(&num_threads, n < 0 ? 1 : n > MAX_THREADS ? MAX_THREADS : n);
+    atomic_store(&num_threads, n < 0 ? 1 : n > FB_MAX_THREADS ? FB_MAX_THREADS : n);
 }
 
-int fb_parts(double work, ptrdiff_t limit)
+int fb_threads(double work, ptrdiff_t limit)
 {
     if (work < 2 * PART_WORK || limit < 2)
         return 1;
-    ptrdiff_t parts = fb_min(fb_get_num_threads(), limit);
-    return work / PART_WORK < (double)parts ? (int)(work / PART_WORK) : (int)parts;
+    ptrdiff_t threads = fb_min(fb_get_num_threads(), limit);
+    return work / PART_WORK < (double)threads ? (int)(work / PART_WORK) : (int)threads;
+}
+
+int fb_parts(int threads, double work, ptrdiff_t limit)
+{
+    const double each = fb_min((ptrdiff_t)(work / PART_WORK), limit) / threads;
+    return threads == 1 || each < 2 ? threads : threads * (int)(each < MOST_PARTS ? each : MOST_PARTS);
 }

@@ -34,7 +34,7 @@ def threads_as_before():
 
 # ---- the same bytes
 #
-# A part of a call gets at least 10**6 multiply-adds, so 8 parts take 8 million of them. Where a part would have fewer
+# A thread gets at least 10**6 multiply-adds, so 8 threads take 8 million of them. Where a thread would have fewer
 # than 48 rows, it is made of columns instead; 384 rows are cut by rows at any number of threads up to 8. The
 # feed-forward is cut by rows, too, from 193 rows on or if all hidden activations take more than 1 MiB a thread.
 
