@@ -14,6 +14,8 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from fastblock.walkthrough import wait_until_quiet
+
 from .contestants import CONTESTANTS
 from .machine import available_cores, thread_variables
 from .verify import Verdict, judge
@@ -81,7 +83,7 @@ def _serve(connection, name, threads):
 
     def sample(case):
         seconds = calls[case].sample()
-        _wait_until_quiet()
+        wait_until_quiet()
         return seconds
 
     methods = {"prepare": prepare, "sample": sample, "forget": calls.clear}
@@ -101,16 +103,6 @@ def _sentence(error):
     """One line. A missing package is told in its own words, without the name of the exception."""
     text = " ".join(str(error).split())[:300]
     return text if isinstance(error, (ModuleNotFoundError, NotImplementedError)) else f"{type(error).__name__}: {text}"
-
-
-def _wait_until_quiet():
-    """Threads of a pool may spin in the hope of more work; the next contestant starts when they have stopped."""
-    give_up = time.perf_counter() + 0.5
-    while time.perf_counter() < give_up:
-        busy, start = time.process_time(), time.perf_counter()
-        time.sleep(0.004)
-        if time.process_time() - busy < 0.1 * (time.perf_counter() - start):
-            return
 
 
 # ---- in the driver

@@ -78,11 +78,37 @@ static struct {
      * comes late enters the call that it has seen, or none */
     _Atomic uint64_t call;
     _Atomic int next; /* the first part not yet taken */
-    _Atomic int sleepers, caller_sleeps;
+    _Atomic int sleepers, caller_sleeps, core; /* the caller's core, if it knew it when it woke the sleepers */
     fb_task *task;
     void *context;
     int parts, workers;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
+
+/* A worker may wake on the core of the caller and share it for several milliseconds while another one idles (the block of
+ * 128 x 768 took 14.7 instead of 8.8 ms after a pause). Then it moves, and may be moved again. */
+static void leave_core(int core)
+{
+#ifdef __linux__
+    cpu_set_t allowed, others;
+    if (core < 0 || sched_getcpu() != core || sched_getaffinity(0, sizeof allowed, &allowed))
+        return;
+    others = allowed;
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0)
+        sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+    (void)core;
+#endif
+}
+
+static int this_core(void)
+{
+#ifdef __linux__
+    return sched_getcpu();
+#else
+    return -1;
+#endif
+}
 
 static void take_parts(int thread)
 {
@@ -113,6 +139,7 @@ static void *worker(void *argument)
                 pthread_cond_wait(&pool.wake, &pool.lock);
             atomic_fetch_sub(&pool.sleepers, 1);
             pthread_mutex_unlock(&pool.lock);
+            leave_core(atomic_load(&pool.core));
         }
         seen = call >> 32;
         int enters = 0;
@@ -184,6 +211,7 @@ void fb_parallel(fb_task *task, void *context, int threads, int parts)
     atomic_store(&pool.next, 0);
     atomic_store(&pool.call, ((atomic_load(&pool.call) >> 32) + 1) << 32 | (uint64_t)threads << 16 | OPEN);
     if (atomic_load(&pool.sleepers)) {
+        atomic_store(&pool.core, this_core());
         pthread_mutex_lock(&pool.lock);
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.lock);

@@ -171,21 +171,32 @@ def _show_timings():
 
 
 def _medians(*functions):
-    """Median seconds of a call of each function, and of how many rounds: they take turns, for up to two seconds."""
+    """Median seconds of a call of each function, and of how many rounds: they take turns, for up to three seconds."""
     calls = []
     for function in functions:
         start = time.perf_counter()
         function()
         calls.append(max(1, int(0.005 / (time.perf_counter() - start))))
     seconds = [[] for _ in functions]
-    end = time.perf_counter() + 2
+    end = time.perf_counter() + 3
     while not seconds[0] or (len(seconds[0]) < 25 and time.perf_counter() < end):
         for function, count, taken in zip(functions, calls, seconds):
+            wait_until_quiet()
             start = time.perf_counter()
             for _ in range(count):
                 function()
             taken.append((time.perf_counter() - start) / count)
     return *map(statistics.median, seconds), len(seconds[0])
+
+
+def wait_until_quiet():
+    """Threads of a pool may spin in the hope of more work; return when they have stopped, after half a second at most."""
+    give_up = time.perf_counter() + 0.5
+    while time.perf_counter() < give_up:
+        busy, start = time.process_time(), time.perf_counter()
+        time.sleep(0.004)
+        if time.process_time() - busy < 0.1 * (time.perf_counter() - start):
+            return
 
 
 def _duration(seconds):

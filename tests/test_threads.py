@@ -549,3 +549,18 @@ def test_parts_of_unequal_rows(rows, dtype, same_bytes):
                 results.append(operation(x))
         for result in results[1:]:
             same_bytes(result, results[0], f"{operation.__name__} of {rows} rows")
+
+
+@linux
+def test_workers_may_run_where_the_program_may():
+    """A worker that wakes on the caller's core moves away, and stays as free as it was."""
+    x = np.ones((400, 400), np.float32)
+    with fastblock.num_threads(2):
+        for _ in range(20):
+            fastblock.mix_positions(x, x)
+            time.sleep(0.002)  # the worker falls asleep
+    allowed = set()
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/status") as status:
+            allowed |= {line for line in status if line.startswith("Cpus_allowed:")}
+    assert len(allowed) == 1
