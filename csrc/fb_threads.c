@@ -121,6 +121,11 @@ static int inside(uint64_t call)
     return (int)(call & (OPEN - 1));
 }
 
+static int threads_of(uint64_t call)
+{
+    return (int)(call >> 16 & 0xffff);
+}
+
 static void *worker(void *argument)
 {
     const int thread = (int)(intptr_t)argument;
@@ -139,11 +144,12 @@ static void *worker(void *argument)
                 pthread_cond_wait(&pool.wake, &pool.lock);
             atomic_fetch_sub(&pool.sleepers, 1);
             pthread_mutex_unlock(&pool.lock);
-            leave_core(atomic_load(&pool.core));
+            if (thread < threads_of(call))
+                leave_core(atomic_load(&pool.core));
         }
         seen = call >> 32;
         int enters = 0;
-        while (!enters && call >> 32 == seen && call & OPEN && thread < (int)(call >> 16 & 0xffff))
+        while (!enters && call >> 32 == seen && call & OPEN && thread < threads_of(call))
             enters = atomic_compare_exchange_weak(&pool.call, &call, call + 1);
         if (!enters)
             continue; /* not in this call: the fields of the pool may already belong to the next */
