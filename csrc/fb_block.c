@@ -139,8 +139,7 @@ fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrd
         t.batch = fb_min(step, batch - b);
         t.x = fb_at(x, b * x_batch, k->size);
         t.out = fb_at(out, b * positions * params->w1.k, k->size);
-        status = fb_attention_weights(params, t.batch, t.x, positions, causal, key_mask ? key_mask + b * positions : NULL,
-                                      own);
+        status = fb_attend(params, t.batch, t.x, positions, causal, key_mask ? key_mask + b * positions : NULL, own, 0);
         if (status == FB_OK)
             status = mix_and_feed_forward(&t);
     }

@@ -77,9 +77,10 @@ struct fb_kernels {
     void (*bias_relu)(const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t cols);
     /* Softmax of `rows` rows of raw scores, scaled: row i over its first count[i] scores; out[i, count[i]:width] = +0.0.
      * ends[] holds, ascending and closed by width or more, where the blocks of the chain end. The scores are destroyed;
-     * they are memory for whole panels and one more in each row, and for rows in whole numbers of FB_SOFTMAX_ROWS. */
+     * they are memory for whole panels and one more in each row, and for rows in whole numbers of FB_SOFTMAX_ROWS.
+     * stream: out is too large to be found in a cache later. */
     void (*softmax)(void *scores, ptrdiff_t scores_row, void *out, ptrdiff_t out_row, ptrdiff_t rows, ptrdiff_t width,
-                    const ptrdiff_t *count, const ptrdiff_t *ends, double scale);
+                    const ptrdiff_t *count, const ptrdiff_t *ends, double scale, int stream);
     int (*all_finite)(const void *x, ptrdiff_t n);
     /* the primitives, elementwise: what the tests compare with the reference */
     void (*fma)(const void *a, const void *b, const void *c, void *out, ptrdiff_t n);
@@ -125,6 +126,9 @@ void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weig
 ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, ptrdiff_t rows);
 void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *stage, ptrdiff_t rows,
                           void *out, void *workspace);
+/* fb_attention.c: fb_attention_weights; stream: out is too large to be found in a cache later. */
+fb_status fb_attend(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
+                    const uint8_t *key_mask, void *out, int stream);
 /* fb_feed_forward.c: fb_feed_forward for any number of rows, on all threads. */
 fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
                               ptrdiff_t rows, void *out);

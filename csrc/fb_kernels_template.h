@@ -743,7 +743,7 @@ FB_INLINE VEC FN(add_columns)(const REAL *e, ptrdiff_t e_row, ptrdiff_t n, VEC s
 }
 
 static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff_t out_row, ptrdiff_t rows,
-                        ptrdiff_t width, const ptrdiff_t *count, const ptrdiff_t *ends, double scale_)
+                        ptrdiff_t width, const ptrdiff_t *count, const ptrdiff_t *ends, double scale_, int stream)
 {
     enum { CHUNK = 128 }; /* columns: LANES rows of them stay in L1 between exp and sum */
     const REAL scale = (REAL)scale_;
@@ -802,6 +802,19 @@ static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff
             const ptrdiff_t n = count[i0 + i];
             const VEC v = V(splat)(&inv);
             ptrdiff_t j = 0;
+            if (inv == inv && stream && (uintptr_t)out % 16 == 0) {
+                for (; j + LANES <= n; j += LANES)
+                    V(stream)(out + j, V(mul)(V(load)(s_row + j), v));
+                if (j < n && j + LANES <= width) { /* in one vector with the first zeros */
+                    V(stream)(out + j, V(mul)(V(load_first)(s_row + j, n - j), v));
+                    j += LANES;
+                }
+                for (; j >= n && j + LANES <= width; j += LANES)
+                    V(stream)(out + j, V(zero)());
+                for (; j < width; j++)
+                    out[j] = j < n ? s_row[j] * inv : 0;
+                continue;
+            }
             if (inv == inv) {
                 for (; j + LANES <= n; j += LANES)
                     V(store)(out + j, V(mul)(V(load)(s_row + j), v));
@@ -814,6 +827,8 @@ static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff
             memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));
         }
     }
+    if (stream)
+        V(stream_end)();
 }
 
 static const struct fb_kernels FN(kernels) = {

@@ -107,6 +107,12 @@ FB_INLINE void fb_f32_store_first(float *p, fb_f32_vec v, ptrdiff_t n) /* masked
     if (n & 1)
         _mm_store_ss(p, part);
 }
+FB_INLINE void fb_f32_stream(float *p, fb_f32_vec v)
+{
+    _mm_stream_ps(p, _mm256_castps256_ps128(v));
+    _mm_stream_ps(p + 4, _mm256_extractf128_ps(v, 1));
+}
+FB_INLINE void fb_f32_stream_end(void) { _mm_sfence(); }
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return _mm256_add_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { return _mm256_sub_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { return _mm256_mul_ps(a, b); }
@@ -156,6 +162,7 @@ FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
 }
 #define FB_OWN_SPLATS
 #define FB_OWN_FIRST
+#define FB_OWN_STREAM
 #define FB_OWN_TRANSPOSE
 #define FB_LANES_BITS 32
 #include "fb_simd_lanes.h"
@@ -185,6 +192,12 @@ FB_INLINE void fb_f64_store_first(double *p, fb_f64_vec v, ptrdiff_t n)
     if (n & 1)
         _mm_store_sd(p, part);
 }
+FB_INLINE void fb_f64_stream(double *p, fb_f64_vec v)
+{
+    _mm_stream_pd(p, _mm256_castpd256_pd128(v));
+    _mm_stream_pd(p + 2, _mm256_extractf128_pd(v, 1));
+}
+FB_INLINE void fb_f64_stream_end(void) { _mm_sfence(); }
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return _mm256_add_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { return _mm256_sub_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { return _mm256_mul_pd(a, b); }
@@ -223,6 +236,7 @@ FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
     v[3] = _mm256_permute2f128_pd(b, d, 0x31);
 }
 #define FB_OWN_FIRST
+#define FB_OWN_STREAM
 #define FB_OWN_TRANSPOSE
 #define FB_LANES_BITS 64
 #include "fb_simd_lanes.h"

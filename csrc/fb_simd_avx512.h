@@ -30,6 +30,14 @@ FB_INLINE void fb_f32_store_first(float *p, fb_f32_vec v, ptrdiff_t n)
 {
     _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v);
 }
+FB_INLINE void fb_f32_stream(float *p, fb_f32_vec v)
+{
+    _mm_stream_ps(p, _mm512_extractf32x4_ps(v, 0));
+    _mm_stream_ps(p + 4, _mm512_extractf32x4_ps(v, 1));
+    _mm_stream_ps(p + 8, _mm512_extractf32x4_ps(v, 2));
+    _mm_stream_ps(p + 12, _mm512_extractf32x4_ps(v, 3));
+}
+FB_INLINE void fb_f32_stream_end(void) { _mm_sfence(); }
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { return _mm512_add_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { return _mm512_sub_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { return _mm512_mul_ps(a, b); }
@@ -58,6 +66,7 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
     _mm256_storeu_si256((__m256i *)offset, _mm512_cvtepi32_epi16(lane));
 }
 #define FB_OWN_FIRST
+#define FB_OWN_STREAM
 #define FB_LANES_BITS 32
 #include "fb_simd_lanes.h"
 
@@ -77,6 +86,11 @@ FB_INLINE void fb_f64_store_first(double *p, fb_f64_vec v, ptrdiff_t n)
 {
     _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), v);
 }
+FB_INLINE void fb_f64_stream(double *p, fb_f64_vec v)
+{
+    fb_f32_stream((float *)p, _mm512_castpd_ps(v));
+}
+FB_INLINE void fb_f64_stream_end(void) { _mm_sfence(); }
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { return _mm512_add_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { return _mm512_sub_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { return _mm512_mul_pd(a, b); }
@@ -105,6 +119,7 @@ FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *v
     _mm_storeu_si128((__m128i *)offset, _mm512_cvtepi64_epi16(lane));
 }
 #define FB_OWN_FIRST
+#define FB_OWN_STREAM
 #define FB_LANES_BITS 64
 #include "fb_simd_lanes.h"
 

@@ -1,7 +1,7 @@
 /* fb_simd_lanes.h - vector operations for which a tier has no instructions of its own, lane by lane.
  *
  * An fb_simd_*.h includes this behind the operations of each dtype, with FB_LANES_BITS 32 or 64. What it has defined
- * itself, it names: FB_OWN_SPLATS, FB_OWN_FIRST, FB_OWN_TRANSPOSE.
+ * itself, it names: FB_OWN_SPLATS, FB_OWN_FIRST, FB_OWN_STREAM, FB_OWN_TRANSPOSE.
  */
 #if FB_LANES_BITS == 32
 #define REAL float
@@ -41,6 +41,18 @@ FB_INLINE void V(store_first)(REAL *p, VEC v, ptrdiff_t n)
 }
 #endif
 
+#ifndef FB_OWN_STREAM
+/* store to a multiple of 16 bytes, past the caches where that is possible; stream_end comes after the last one, before
+ * another thread may read */
+FB_INLINE void V(stream)(REAL *p, VEC v)
+{
+    V(store)(p, v);
+}
+FB_INLINE void V(stream_end)(void)
+{
+}
+#endif
+
 #ifndef FB_OWN_TRANSPOSE
 /* lane j of v[i] <-> lane i of v[j] */
 FB_INLINE void V(transpose)(VEC *v)
@@ -63,4 +75,5 @@ FB_INLINE void V(transpose)(VEC *v)
 #undef FB_LANES_BITS
 #undef FB_OWN_SPLATS
 #undef FB_OWN_FIRST
+#undef FB_OWN_STREAM
 #undef FB_OWN_TRANSPOSE

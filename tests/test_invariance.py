@@ -164,6 +164,23 @@ def test_alignment(operation, dtype, every_tier, same_bytes):
             same_bytes(operation(*shifted, out=placed(want, 63 - offset)), want, f"all {what}, each differently")
 
 
+@pytest.mark.parametrize("positions", [512, 510, 333])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_weights_that_go_past_the_caches(positions, causal, dtype, every_tier, same_bytes):
+    """From 8 MiB on they are stored in another way, where the alignment of a row allows it; one NaN row among them."""
+    rng = np.random.default_rng(positions)
+    x = rng.standard_normal((2**21 // positions**2 + 1, positions, 8)).astype(dtype)
+    x[-1, 100] = np.nan
+    w_q, w_k = rng.standard_normal((2, 8, 8)).astype(dtype)
+    for tier in every_tier():
+        want = np.stack([fastblock.attention_weights(item, w_q, w_k, causal=causal) for item in x])
+        same_bytes(fastblock.attention_weights(x, w_q, w_k, causal=causal), want, tier)
+        for offset in (4, 16, 24) if dtype == np.float32 else (8, 16):
+            out = placed(np.zeros_like(want), offset)
+            fastblock.attention_weights(x, w_q, w_k, causal=causal, out=out)
+            same_bytes(out, want, f"out at {offset}, {tier}")
+
+
 def layouts(array):
     """(name, the same values in another layout)"""
     yield "Fortran order", np.asfortranarray(array)

@@ -381,7 +381,7 @@ static void run_softmax(int number)
         ends[n++] = end;
     ends[n] = PTRDIFF_MAX;
     const double root = 1 / sqrt((double)between(1, 200));
-    k->softmax(scores, row, out, out_row, rows, width, count, ends, F32 ? (float)root : root);
+    k->softmax(scores, row, out, out_row, rows, width, count, ends, F32 ? (float)root : root, number % 2);
     for (ptrdiff_t i = 0; i < rows; i++)
         note_bits(at(out, i * out_row), in_place ? width : out_row);
 }
