@@ -153,6 +153,9 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, cons
  * 21 instructions a k took 1.25 times as long (rows a variable distance apart; fetches of the next rows of A).
  * Not better: the same lines in bursts between the tiles (6 to 16 rows 1.2 to 1.3 times as long), every second line
  * (1.5 times), a line every second k (1.05 times), to L1 (the same), all lines in the first of two tiles (1.03).
+ * Not better: 3 rows x 2 panels with operands in memory, 17.5 instead of 21.5 instructions a k (0.95: loads); rows a
+ * variable distance apart behind two registers (22; 0.83 to 0.98; mixing without a copy of A 1.01, causal 1.1); k in one
+ * loop of 4 instead of strips (gcc then moves accumulators: 0.8).
  * Not better either: 150 instead of 290 instructions at the ends of a tile (a function a tile height that walks down the
  * rows; NaN looked for in the sum of all vectors): 0.99 to 1.02, and 16 rows at depth 64 1.07 times as long. The ends
  * overlap with the neighbouring tiles. 8 rows as 5 + 3 instead of 4 + 4: 1.2 times as long. */
@@ -355,8 +358,8 @@ FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_n
     REAL *sums = list->sums;
     FN(place) at = FN(place_at)(g, 0, p * PANEL);
     ptrdiff_t due = 0;
-    for (ptrdiff_t i = 0; i < rows; i++, values += FB_ROW, offsets += FB_ROW, sums += FB_SPARSE_PANELS * PANEL) {
-        const REAL *value = values, *panel[FB_SPARSE_PANELS];
+    for (ptrdiff_t i = 0; i < rows; i++, values += FB_ROW, offsets += FB_ROW, sums += FB_MOST_PANELS * PANEL) {
+        const REAL *value = values, *panel[FB_MOST_PANELS];
         const uint16_t *offset = offsets;
         VEC s[FB_TILE_VECS];
         for (due += lines; due >= rows; due -= rows, ahead += PANEL) {
@@ -402,7 +405,7 @@ FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_n
         if (FB_LIKELY(left >= panels * PANEL)) {
             FN(finish_tile)(1, vecs, g, s, bias, at);
         } else {
-            REAL scratch[FB_SPARSE_PANELS * FB_PANEL_BYTES / sizeof(REAL)] = {0};
+            REAL scratch[FB_MOST_PANELS * FB_PANEL_BYTES / sizeof(REAL)] = {0};
             if (!g->first)
                 FN(copy)(at.from, 0, 1, left, scratch, 0);
             FN(finish_tile)(1, vecs, g, s, bias, (FN(place)){scratch, scratch, 0, 0});
@@ -413,11 +416,12 @@ FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_n
     }
 }
 
-/* A group of panels x a slice of k of B is 16 KB, at home in L1 for all rows. */
+/* A group of panels x a slice of k of B is 16 KB, at home in L1 for all rows. Up to 3 rows read no line of it a second
+ * time: whole blocks of more panels at once, 1.02 to 1.1 times as fast. */
 static void FN(product_sparse)(const fb_product *g, const fb_nonzeros *list)
 {
     const ptrdiff_t panels = (g->cols + PANEL - 1) / PANEL, slices = (g->depth + list->slice - 1) / list->slice;
-    const ptrdiff_t groups = (panels + FB_SPARSE_PANELS - 1) / FB_SPARSE_PANELS;
+    const ptrdiff_t most = FB_SPARSE_PANELS(g->rows), groups = (panels + most - 1) / most;
     for (ptrdiff_t group = 0; group < groups; group++) {
         const ptrdiff_t p = group * panels / groups, wide = (group + 1) * panels / groups - p;
         for (ptrdiff_t slice = 0; slice < slices; slice++) {

@@ -108,7 +108,7 @@ void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, 
         return;
     }
     char *at = workspace;
-    fb_nonzeros list = {.value = (void *)g->a, .slice = nonzeros * 8 < seen ? FB_BLOCK : FB_SLICE};
+    fb_nonzeros list = {.value = (void *)g->a, .slice = g->rows <= 3 || nonzeros * 8 < seen ? FB_BLOCK : FB_SLICE};
     if (!in_place) {
         list.value = at;
         at += g->rows * FB_ROW * k->size;

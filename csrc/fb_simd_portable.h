@@ -13,8 +13,9 @@
 #define FB_TILE_ROWS 4
 #define FB_TILE_PANELS(rows) 1
 #define FB_TILE_VECS 16
-#define FB_SPARSE_PANELS 1
+#define FB_SPARSE_PANELS(rows) 1
 #define FB_PANEL_CASES(X) X(1)
+#define FB_MOST_PANELS 1
 #define FB_TILE_CASES(X) X(1) X(2) X(3) X(4)
 
 FB_INLINE uint64_t fb_bits64(double x) { uint64_t u; memcpy(&u, &x, 8); return u; }
