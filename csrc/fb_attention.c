@@ -64,7 +64,8 @@ static void pack_part(void *context, int thread, int part, int parts)
             t->status[thread] = FB_NO_MEMORY;
 }
 
-/* Pass 3, one tile of queries: the queries, scores of the keys they may see, finished but not yet scaled, and softmax. */
+/* Pass 3, one tile of queries: the queries, scores of the keys they may see, neither finished nor scaled (see
+ * softmax), and softmax. */
 static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *scores)
 {
     const struct fb_kernels *k = t->k;
@@ -86,9 +87,9 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
     char *queries = (char *)scores + t->scores_bytes, *stage = queries + t->queries_bytes;
     fb_stage(k, fb_at(t->x, (b * t->positions + i) * w_q->k, size), w_q->k, rows, w_q->k, stage);
     for (ptrdiff_t e = 0; e < width; e += FB_BLOCK)
-        fb_matmul(k, stage, rows, w_q, e, fb_min(FB_BLOCK, width - e), b_q ? fb_at(b_q, e, size) : NULL, 0,
+        fb_matmul(k, stage, rows, w_q, e, fb_min(FB_BLOCK, width - e), b_q ? fb_at(b_q, e, size) : NULL, FB_FINISH,
                   fb_at(queries, e * rows / FB_BLOCK * FB_ROW, size), FB_ROW, NULL);
-    fb_matmul(k, queries, rows, &t->packed[b], 0, seen, NULL, 0, scores, t->scores_row, NULL);
+    fb_matmul(k, queries, rows, &t->packed[b], 0, seen, NULL, FB_SUMS, scores, t->scores_row, NULL);
     if (allowed == t->positions) {
         k->softmax(scores, t->scores_row, out, t->positions, rows, t->positions, count, ends, t->scale, t->stream);
         return;

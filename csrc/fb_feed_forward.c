@@ -25,7 +25,8 @@ static void up(const feed_forward *t, const void *stage, ptrdiff_t rows, ptrdiff
 {
     const void *b1 = t->params->b1;
     n = fb_round_up(n, t->k->panel);
-    fb_matmul(t->k, stage, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, 1, h, FB_ROW, NULL);
+    fb_matmul(t->k, stage, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, FB_RELU, h, FB_ROW,
+              NULL);
 }
 
 /* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with b2 */

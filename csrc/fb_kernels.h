@@ -107,11 +107,13 @@ void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_
 ptrdiff_t fb_stage_rows(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth);
 ptrdiff_t fb_stage_bytes(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth);
 void fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, void *stage);
-/* C (rows x cols) = finish(A B, bias) [then relu] where A is staged, rows <= FB_ROWS, and B is columns first_col ..
+/* What becomes of the sums of a product: nothing; finish(sum, bias); that and relu. */
+typedef enum fb_ending { FB_SUMS = -1, FB_FINISH, FB_RELU } fb_ending;
+/* C (rows x cols) = A B, ended, where A is staged, rows <= FB_ROWS, and B is columns first_col ..
  * first_col + cols of a packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread.
  * totals: scratch for FB_ROWS x FB_ROW elements, or NULL if C itself is a good place for them. */
 void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
-               ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals);
+               ptrdiff_t cols, const void *bias, fb_ending ending, void *c, ptrdiff_t c_row, void *totals);
 /* The same for all columns, on all threads: C has b->n columns. */
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
                           const void *bias, int relu, void *out);

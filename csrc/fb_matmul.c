@@ -48,7 +48,7 @@ void fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdif
 }
 
 void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
-               ptrdiff_t cols, const void *bias, int relu, void *c, ptrdiff_t c_row, void *totals)
+               ptrdiff_t cols, const void *bias, fb_ending ending, void *c, ptrdiff_t c_row, void *totals)
 {
     const ptrdiff_t padded = fb_round_up(b->n, k->panel);
     for (ptrdiff_t j = 0; j < cols; j += COLUMNS) { /* loop 5 */
@@ -68,8 +68,8 @@ void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, co
                 .cols = fb_min(COLUMNS, cols - j),
                 .depth = depth,
                 .first = k0 == 0,
-                .last = k0 + depth == b->k,
-                .relu = relu,
+                .last = k0 + depth == b->k && ending != FB_SUMS,
+                .relu = ending == FB_RELU,
             });
             k0 += FB_BLOCK;
         } while (k0 < b->k);
@@ -151,7 +151,8 @@ static void project_part(void *context, int thread, int part, int parts)
     for (ptrdiff_t rows; i < end; i += rows) { /* loop 3 */
         rows = fb_min(t->tile, end - i);
         fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, stage);
-        fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL, t->relu,
+        fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL,
+                  t->relu ? FB_RELU : FB_FINISH,
                   fb_at(t->out, i * w->n + first, size), w->n, totals);
     }
 }
