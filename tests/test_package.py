@@ -268,6 +268,19 @@ def installed_hashes():
     return result
 
 
+@unix
+@pytest.mark.slow
+@pytest.mark.skipif("avx2" not in fastblock.isas(), reason="counts instructions of the AVX2 tier")
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_compilers_unroll_the_tiles(compiler, tmp_path):
+    """A tile whose loops stay loops has its accumulators in memory, and takes four times as long."""
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}")
+    assembly = tmp_path / "avx2.s"
+    run(compiler, "-std=gnu11", "-O3", "-ffp-contract=off", "-S", CSRC / "fb_kernels_avx2.c", "-o", assembly)
+    assert assembly.read_text().count("vfmadd") > 1500
+
+
 # Without -mfma an x86 compiler has no fma to contract to.
 CONTRACTING = "-O3 -ffp-contract=fast" + " -mfma" * ("avx2" in fastblock.isas())
 
