@@ -152,8 +152,7 @@ static void project_part(void *context, int thread, int part, int parts)
         rows = fb_min(t->tile, end - i);
         fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, stage);
         fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL,
-                  t->relu ? FB_RELU : FB_FINISH,
-                  fb_at(t->out, i * w->n + first, size), w->n, totals);
+                  t->relu ? FB_RELU : FB_FINISH, fb_at(t->out, i * w->n + first, size), w->n, totals);
     }
 }
 
@@ -169,7 +168,8 @@ fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t r
      * 85 % of the FMA peak with the totals in C). */
     t.totals = w->k > FB_BLOCK && w->n > COLUMNS && rows > 16;
     t.by_columns = rows < FB_FEW_ROWS * threads;
-    const int parts = fb_parts(threads, work, t.by_columns ? w->n / k->panel : rows / FB_PART_ROWS);
+    /* each part stages its rows: all of them, if it has columns */
+    const int parts = fb_parts(threads, work, t.by_columns ? w->n / COLUMNS : rows / FB_PART_ROWS);
     const ptrdiff_t tile = t.tile = fb_stage_rows(k, t.by_columns ? rows : (rows + parts - 1) / parts, w->k);
     FB_SCRATCH(stack);
     t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, w->k), 64);
@@ -262,12 +262,14 @@ static void mix_part(void *context, int thread, int part, int parts)
 fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights, ptrdiff_t weights_batch, const void *x,
                            ptrdiff_t x_batch, void *out, ptrdiff_t positions, ptrdiff_t features)
 {
-    if (features == 0)
+    if (batch == 0 || positions == 0 || features == 0)
         return FB_OK;
     const struct fb_kernels *k = fb_kernels_in_use(dtype);
     const double work = (double)batch * (double)positions * (double)positions * (double)features;
     const int threads = fb_threads(work, batch * positions);
-    mix_task t = {k, weights, x, out, batch, weights_batch, x_batch, positions, features, NULL, 0, batch < 2 * threads ? 1 : positions};
+    mix_task t = {.k = k, .weights = weights, .x = x, .out = out, .batch = batch, .weights_batch = weights_batch,
+                  .x_batch = x_batch, .positions = positions, .features = features};
+    t.unit = batch < 2 * threads ? 1 : positions;
     FB_SCRATCH(stack);
     t.workspace_bytes = fb_round_up(fb_mix_workspace(k, positions, positions, features), 64);
     if (!(t.workspace = fb_workspace(stack, threads, t.workspace_bytes)))

@@ -282,6 +282,6 @@ int fb_threads(double work, ptrdiff_t limit)
 
 int fb_parts(int threads, double work, ptrdiff_t limit)
 {
-    const double each = fb_min((ptrdiff_t)(work / PART_WORK), limit) / threads;
-    return threads == 1 || each < 2 ? threads : threads * (int)(each < MOST_PARTS ? each : MOST_PARTS);
+    const ptrdiff_t each = fb_min(fb_min((ptrdiff_t)(work / PART_WORK), limit) / threads, MOST_PARTS);
+    return threads == 1 || each < 2 ? threads : threads * (int)each;
 }
