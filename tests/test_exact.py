@@ -531,3 +531,16 @@ def test_stack(dtype, every_tier, same_bytes):
     for tier in every_tier():
         same_bytes(stack(x, weights), each, f"weights of each, {tier}")
         same_bytes(stack(x, weights[0]), shared, f"the same weights, {tier}")
+
+
+@pytest.mark.parametrize("batch", [(), (0,), (1,), (5,), (2, 3)])
+@pytest.mark.parametrize("positions", [0, 1, 3])
+@pytest.mark.parametrize("features", [0, 1, 3])
+def test_axes_of_length_0_and_1(batch, positions, features, dtype, same_bytes):
+    x = np.ones((*batch, positions, features), dtype)
+    weights = np.ones((*batch, positions, positions), dtype)
+    w = np.ones((2, features), dtype)
+    for threads in (1, 2):
+        with fastblock.num_threads(threads):
+            same_bytes(fastblock.mix_positions(weights, x), reference.mix_positions(weights, x), f"mix, {threads}")
+            same_bytes(fastblock.attention_weights(x, w, w), reference.attention_weights(x, w, w), f"attention, {threads}")
