@@ -18,7 +18,7 @@ enum {
 typedef struct attention_task {
     const struct fb_kernels *k;
     const fb_params *params;
-    ptrdiff_t batch, positions, tile, scores_row;
+    ptrdiff_t batch, positions, tile, tiles, scores_row; /* tiles of each batch item */
     const uint8_t *key_mask;
     int causal, stream;
     double scale;
@@ -105,9 +105,8 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
 static void weigh_part(void *context, int thread, int part, int parts)
 {
     const attention_task *t = context;
-    const ptrdiff_t tiles = (t->positions + t->tile - 1) / t->tile;
-    for (ptrdiff_t n = part; n < t->batch * tiles; n += parts)
-        weigh(t, n / tiles, n % tiles * t->tile, t->workspace + thread * t->workspace_bytes);
+    for (ptrdiff_t n = part; n < t->batch * t->tiles; n += parts)
+        weigh(t, n / t->tiles, n % t->tiles * t->tile, t->workspace + thread * t->workspace_bytes);
 }
 
 fb_status fb_attend(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
@@ -127,6 +126,7 @@ fb_status fb_attend(const fb_params *params, ptrdiff_t batch, const void *x, ptr
     t.scores_row = fb_round_up(positions, k->panel) + k->panel; /* not a power of two: rows in different cache sets */
     t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * k->size)), (rows + threads - 1) / threads));
     t.tile = fb_min(t.tile, fb_stage_rows(k, t.tile, features));
+    t.tiles = (positions + t.tile - 1) / t.tile;
     t.scores_bytes = fb_round_up(t.tile, FB_SOFTMAX_ROWS) * t.scores_row * k->size;
     t.queries_bytes = fb_round_up(fb_stage_bytes(k, t.tile, width), 64);
     t.workspace_bytes = fb_round_up(t.scores_bytes + t.queries_bytes + fb_stage_bytes(k, t.tile, features), 64);
@@ -139,7 +139,7 @@ fb_status fb_attend(const fb_params *params, ptrdiff_t batch, const void *x, ptr
         fb_fp_mode mode = fb_fp_enter();
         memset(t.packed, 0, (size_t)batch * sizeof *t.packed);
         /* 1. keys */
-        status = fb_project_rows(k, x, rows, &params->w_k, params->b_k, 0, t.keys);
+        status = fb_project_rows(k, x, rows, &params->w_k, params->b_k, FB_FINISH, t.keys);
         /* 2. the allowed keys, packed */
         if (status == FB_OK)
             fb_parallel(pack_part, &t, threads, (int)fb_min(threads, batch));
@@ -147,7 +147,7 @@ fb_status fb_attend(const fb_params *params, ptrdiff_t batch, const void *x, ptr
             status = thread_status[i] ? thread_status[i] : status;
         /* 3. queries, scores and softmax */
         if (status == FB_OK)
-            fb_parallel(weigh_part, &t, threads, fb_parts(threads, work, batch * ((positions + t.tile - 1) / t.tile)));
+            fb_parallel(weigh_part, &t, threads, fb_parts(threads, work, batch * t.tiles));
         fb_fp_leave(mode);
         for (ptrdiff_t b = 0; b < batch; b++)
             fb_panels_free(&t.packed[b]);

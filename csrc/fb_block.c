@@ -75,13 +75,12 @@ static fb_status mix_and_feed_forward(block_task *t)
     const struct fb_kernels *k = t->k;
     const fb_params *params = t->params;
     const ptrdiff_t features = params->w1.k, rows = t->batch * t->positions;
+    const double work = (double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n);
     if (t->positions <= SMALL_POSITIONS && fb_max(features, params->w1.n) <= k->lanes) {
-        const double work = (double)rows * (double)features * (double)(t->positions + 2 * params->w1.n);
         const int threads = fb_threads(work, t->batch);
         fb_parallel(small_part, t, threads, fb_parts(threads, work, t->batch));
         return FB_OK;
     }
-    const double work = (double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n);
     const int threads = fb_threads(work, fb_max(rows, params->w1.n / k->panel));
     const ptrdiff_t tile = t->tile = fb_stage_rows(k, t->positions, features);
     const ptrdiff_t mix_workspace = fb_mix_workspace(k, tile, t->positions, features);

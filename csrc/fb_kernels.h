@@ -116,7 +116,7 @@ void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, co
                ptrdiff_t cols, const void *bias, fb_ending ending, void *c, ptrdiff_t c_row, void *totals);
 /* The same for all columns, on all threads: C has b->n columns. */
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
-                          const void *bias, int relu, void *out);
+                          const void *bias, fb_ending ending, void *out);
 /* One block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. in_place: A may be
  * destroyed, and its a_row is FB_ROW. workspace: fb_skip_workspace(k, rows, in_place) bytes, 64-byte aligned. */
 ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, int in_place);

@@ -3,8 +3,11 @@
  * A tier file includes its fb_simd_*.h, then this file twice, with FB_BITS 32 and 64. Parameters:
  *   FB_TIER            the tier's name, the last part of every name made here
  *   FB_BITS            32 or 64
- *   FB_TILE_ROWS       rows of the largest register tile (fb_simd_*.h)
- *   FB_TILE_PANELS(r)  panels that a tile of r rows spans (fb_simd_*.h)
+ * and from fb_simd_*.h:
+ *   FB_TILE_ROWS, FB_TILE_VECS, FB_TILE_CASES  rows of the largest register tile, its accumulators, X(r) for all its rows
+ *   FB_TILE_PANELS(r)                          panels that a tile of r rows spans
+ *   FB_SPARSE_PANELS(r)                        panels at a time in a sparse product of r rows
+ *   FB_MOST_PANELS, FB_PANEL_CASES             the most of these, X(n) for all of them
  * Each kernel's comment names the function of fastblock/reference.py that defines its bits.
  */
 #if FB_BITS == 32
@@ -355,11 +358,17 @@ FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_n
     const REAL *b = (const REAL *)g->b + p * b_panel, *values = (const REAL *)list->value + slice * list->slice;
     const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;
     const uint16_t *offsets = list->offset + slice * list->slice, *count = list->count + slice * rows;
+    const REAL *panel[FB_MOST_PANELS];
     REAL *sums = list->sums;
     FN(place) at = FN(place_at)(g, 0, p * PANEL);
     ptrdiff_t due = 0;
+    FB_UNROLL
+    for (int q = 0; q < panels; q++) {
+        panel[q] = b + q * b_panel;
+        FB_REGISTER(panel[q]);
+    }
     for (ptrdiff_t i = 0; i < rows; i++, values += FB_ROW, offsets += FB_ROW, sums += FB_MOST_PANELS * PANEL) {
-        const REAL *value = values, *panel[FB_MOST_PANELS];
+        const REAL *value = values;
         const uint16_t *offset = offsets;
         VEC s[FB_TILE_VECS];
         for (due += lines; due >= rows; due -= rows, ahead += PANEL) {
@@ -378,11 +387,6 @@ FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_n
         FB_UNROLL
         for (int j = 0; j < vecs; j++)
             s[j] = first ? V(zero)() : V(load)(sums + j * LANES);
-        FB_UNROLL
-        for (int q = 0; q < panels; q++) {
-            panel[q] = b + q * b_panel;
-            FB_REGISTER(panel[q]);
-        }
         for (ptrdiff_t n = count[i]; n > 0; n--, value += FB_STEP, offset += FB_STEP) {
             VEC x[FB_STEP];
             const uint64_t four = fb_load_offsets(offset);
@@ -746,6 +750,21 @@ FB_INLINE VEC FN(add_columns)(const REAL *e, ptrdiff_t e_row, ptrdiff_t n, VEC s
     return sum;
 }
 
+/* out[j] = e[j] * by for j < n, +0.0 from there up to width; by may be infinite if n is 0. Whole vectors wherever they
+ * fit: other stores to a line that is streamed made causal rows take 1.25 times as long. */
+FB_INLINE void FN(scale_row)(const int stream, const REAL *e, VEC by, ptrdiff_t n, REAL *out, ptrdiff_t width)
+{
+    void (*const put)(REAL *, VEC) = stream ? V(stream) : V(store);
+    ptrdiff_t j = 0;
+    for (; j + LANES <= n; j += LANES)
+        put(out + j, V(mul)(V(load)(e + j), by));
+    VEC v = j < n ? V(mul)(V(load_first)(e + j, n - j), by) : V(zero)();
+    for (; j + LANES <= width; j += LANES, v = V(zero)())
+        put(out + j, v);
+    if (j < width)
+        V(store_first)(out + j, v, width - j);
+}
+
 static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff_t out_row, ptrdiff_t rows,
                         ptrdiff_t width, const ptrdiff_t *count, const ptrdiff_t *ends, double scale_, int stream)
 {
@@ -801,34 +820,19 @@ static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff
         /* 3. A = canonical(e * (1 / r)). A sum of r, at least e**0, is NaN if one score is, or one is infinite: then so
          * is the whole row; else nothing is, and no product is -0.0. */
         for (int i = 0; i < group; i++) {
-            const REAL *s_row = s + i * scores_row;
+            const REAL *e = s + i * scores_row;
             REAL *out = (REAL *)out_ + (i0 + i) * out_row, inv = 1 / total[i];
             const ptrdiff_t n = count[i0 + i];
-            const VEC v = V(splat)(&inv);
-            ptrdiff_t j = 0;
-            if (inv == inv && stream && (uintptr_t)out % 16 == 0) {
-                for (; j + LANES <= n; j += LANES)
-                    V(stream)(out + j, V(mul)(V(load)(s_row + j), v));
-                if (j < n && j + LANES <= width) { /* in one vector with the first zeros */
-                    V(stream)(out + j, V(mul)(V(load_first)(s_row + j, n - j), v));
-                    j += LANES;
-                }
-                for (; j >= n && j + LANES <= width; j += LANES)
-                    V(stream)(out + j, V(zero)());
-                for (; j < width; j++)
-                    out[j] = j < n ? s_row[j] * inv : 0;
-                continue;
-            }
-            if (inv == inv) {
-                for (; j + LANES <= n; j += LANES)
-                    V(store)(out + j, V(mul)(V(load)(s_row + j), v));
-                if (j < n)
-                    V(store_first)(out + j, V(mul)(V(load)(s_row + j), v), n - j);
+            const VEC inverse = V(splat)(&inv);
+            if (inv != inv) {
+                for (ptrdiff_t j = 0; j < n; j += LANES)
+                    V(store_first)(out + j, V(canonical)(inverse), fb_min(LANES, n - j));
+                memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));
+            } else if (stream && (uintptr_t)out % 16 == 0) {
+                FN(scale_row)(1, e, inverse, n, out, width);
             } else {
-                for (; j < n; j += LANES)
-                    V(store_first)(out + j, V(canonical)(v), fb_min(LANES, n - j));
+                FN(scale_row)(0, e, inverse, n, out, width);
             }
-            memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));
         }
     }
     if (stream)

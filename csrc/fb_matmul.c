@@ -132,7 +132,8 @@ typedef struct project_task {
     char *workspace; /* of each thread: a stage, and totals if they have a place of their own */
     ptrdiff_t workspace_bytes, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
     ptrdiff_t rows;
-    int relu, totals, by_columns;
+    fb_ending ending;
+    int totals, by_columns;
 } project_task;
 
 static void project_part(void *context, int thread, int part, int parts)
@@ -151,17 +152,17 @@ static void project_part(void *context, int thread, int part, int parts)
     for (ptrdiff_t rows; i < end; i += rows) { /* loop 3 */
         rows = fb_min(t->tile, end - i);
         fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, stage);
-        fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL,
-                  t->relu ? FB_RELU : FB_FINISH, fb_at(t->out, i * w->n + first, size), w->n, totals);
+        fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL, t->ending,
+                  fb_at(t->out, i * w->n + first, size), w->n, totals);
     }
 }
 
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
-                          const void *bias, int relu, void *out)
+                          const void *bias, fb_ending ending, void *out)
 {
     if (w->n == 0)
         return FB_OK;
-    project_task t = {.k = k, .x = x, .bias = bias, .w = w, .out = out, .rows = rows, .relu = relu};
+    project_task t = {.k = k, .x = x, .bias = bias, .w = w, .out = out, .rows = rows, .ending = ending};
     const double work = (double)rows * (double)w->n * (double)w->k;
     const int threads = fb_threads(work, fb_max(rows, w->n / k->panel));
     /* Several blocks of k and long rows of C: totals in C would share few cache sets (up_project 128 x 768 -> 3072:
@@ -185,7 +186,7 @@ fb_status fb_project(fb_dtype dtype, const void *x, ptrdiff_t rows, const fb_pan
                      void *out)
 {
     fb_fp_mode mode = fb_fp_enter();
-    fb_status status = fb_project_rows(fb_kernels_in_use(dtype), x, rows, w, bias, relu, out);
+    fb_status status = fb_project_rows(fb_kernels_in_use(dtype), x, rows, w, bias, relu ? FB_RELU : FB_FINISH, out);
     fb_fp_leave(mode);
     return status;
 }
