@@ -27,6 +27,7 @@ typedef enum { FB_OK = 0, FB_NO_MEMORY = 1 } fb_status;
  * outputs), k-major, the panel's outputs side by side; outputs beyond n are +0.0. The same layout for every tier. */
 typedef struct {
     void *data; /* 64-byte aligned; NULL: no such matrix */
+    void *rows; /* NULL, or the matrix once more: k rows of n outputs, padded with +0.0 to whole panels */
     ptrdiff_t n, k;
     int finite; /* no infinity or NaN: its zeros may be skipped, and zeros that meet it */
 } fb_panels;
@@ -40,6 +41,8 @@ typedef struct {
 
 /* w: (n, k), rows w_row elements apart. out is overwritten; free it with fb_panels_free. */
 fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k, ptrdiff_t w_row, fb_panels *out);
+/* Keep the rows, too, if the matrix is large and finite: the second layer of a feed-forward reads those it needs. */
+fb_status fb_panels_keep_rows(fb_dtype dtype, fb_panels *panels);
 /* The (n, k) matrix back, contiguous, exactly as it was packed. */
 void fb_panels_unpack(fb_dtype dtype, const fb_panels *panels, void *w);
 void fb_panels_free(fb_panels *panels);

@@ -105,7 +105,7 @@ static fb_status mix_and_feed_forward(block_task *t)
     }
     t->stage_bytes = fb_round_up(fb_stage_bytes(k, tile, features), 64);
     t->workspace_bytes = t->stage_bytes + (features <= FB_BLOCK ? 0 : fb_round_up(tile * t->z_row * k->size, 64))
-                        + fb_round_up(fb_max(mix_workspace, fb_feed_forward_workspace(k, tile)), 64);
+                        + fb_round_up(fb_max(mix_workspace, fb_feed_forward_workspace(k, params, tile)), 64);
     if (!(t->workspace = fb_workspace(stack, threads, t->workspace_bytes)))
         return FB_NO_MEMORY;
     fb_parallel(rows_part, t, threads, fb_parts(threads, work, rows / FB_PART_ROWS));

@@ -40,6 +40,8 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
         .a = h,
         .a_row = FB_ROW,
         .b = fb_at(w2->data, f * padded + first * depth, k->size),
+        .b_rows = w2->rows ? fb_at(w2->rows, f * padded + first, k->size) : NULL,
+        .b_row = padded,
         .bias = t->params->b2 ? fb_at(t->params->b2, first, k->size) : NULL,
         .c = fb_at(out, first, k->size),
         .c_row = w2->n,
@@ -53,9 +55,9 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
     }, w2->finite, in_place, workspace);
 }
 
-ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, ptrdiff_t rows)
+ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows)
 {
-    return rows * FB_ROW * k->size + fb_skip_workspace(k, rows, 1);
+    return rows * FB_ROW * k->size + fb_skip_workspace(k, rows, params->w2.rows ? params->w2.n : 0, 1);
 }
 
 void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *stage, ptrdiff_t rows,
@@ -121,12 +123,12 @@ fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *param
     const int parts = fb_parts(threads, work, rows / FB_PART_ROWS);
     const ptrdiff_t tile = t.tile = fb_stage_rows(k, (rows + parts - 1) / parts, features);
     if (by_columns) {
-        t.workspace_bytes = fb_round_up(fb_skip_workspace(k, rows, 0), 64);
+        t.workspace_bytes = fb_round_up(fb_skip_workspace(k, rows, params->w2.rows ? features : 0, 0), 64);
         t.stage = fb_alloc(fb_stage_bytes(k, rows, features), 1, 1);
         t.hidden = fb_alloc(rows * blocks, FB_ROW, k->size);
     } else {
         t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, features), 64);
-        t.workspace_bytes = fb_round_up(t.stage_bytes + fb_feed_forward_workspace(k, tile), 64);
+        t.workspace_bytes = fb_round_up(t.stage_bytes + fb_feed_forward_workspace(k, params, tile), 64);
     }
     fb_status status = FB_NO_MEMORY;
     t.workspace = fb_workspace(stack, threads, t.workspace_bytes);

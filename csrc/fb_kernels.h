@@ -35,12 +35,13 @@ enum {
 /* One block of k of a matrix product, C (rows x cols) from A (rows x depth) and B (depth x cols):
  *     s = chain of fma over k;  t = first ? s : T + s;  last ? C = finish(t, bias) [then relu] : T = t
  * A[i,k] = a[i*a_row + k];  B[k, j] = b[(j / panel)*depth*panel + k*panel + j % panel];  C[i,j] = c[i*c_row + j], T likewise.
+ * With b_rows, B[k, j] = b_rows[k*b_row + j] as well, in rows of whole panels; NULL: B is in panels only.
  * T, the totals of the blocks so far, may be C. B and bias are read in whole panels, C and T have cols columns. */
 typedef struct fb_product {
-    const void *a, *b, *bias; /* bias NULL: +0.0 */
+    const void *a, *b, *b_rows, *bias; /* bias NULL: +0.0 */
     void *c, *t;
     void *stage; /* scratch for rows x FB_ROW elements, unless a_row is FB_ROW */
-    ptrdiff_t a_row, c_row, t_row; /* in elements */
+    ptrdiff_t a_row, b_row, c_row, t_row; /* in elements */
     ptrdiff_t rows, cols, depth;   /* depth <= FB_BLOCK */
     int first, last, relu;
     int skip; /* B is finite: k where a whole row tile of A is zero, at either end of the block, may be left out */
@@ -48,7 +49,7 @@ typedef struct fb_product {
 
 /* The nonzeros of A, compressed: row i, slice s (`slice` consecutive k) has FB_STEP * count[s*rows + i] of them, from
  * element i*FB_ROW + s*slice of value and offset on; the last ones may be zeros of some k, to fill up a step. sums:
- * scratch, FB_SUMS_BYTES a row. */
+ * scratch, FB_SUMS_BYTES a row, and for product_rows one row of C. */
 typedef struct fb_nonzeros {
     void *value;
     uint16_t *offset, *count;
@@ -67,6 +68,8 @@ struct fb_kernels {
     void (*product)(const fb_product *);
     /* The same from the nonzeros of A only; B must be finite. */
     void (*product_sparse)(const fb_product *, const fb_nonzeros *);
+    /* The same from b_rows, of which only the rows that meet nonzeros are read; the slice is the whole block. */
+    void (*product_rows)(const fb_product *, const fb_nonzeros *);
     /* The same for a whole product (first and last) of at most `lanes` columns, without panels: B[k, j] = b[k*b_row + j].
      * What stands between the rows of C is overwritten. */
     void (*product_small)(const fb_product *, ptrdiff_t b_row);
@@ -118,14 +121,14 @@ void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, co
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
                           const void *bias, fb_ending ending, void *out);
 /* One block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. in_place: A may be
- * destroyed, and its a_row is FB_ROW. workspace: fb_skip_workspace(k, rows, in_place) bytes, 64-byte aligned. */
-ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, int in_place);
+ * destroyed, and its a_row is FB_ROW. workspace: fb_skip_workspace(...) bytes, 64-byte aligned; cols: 0 without b_rows. */
+ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t cols, int in_place);
 void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, int in_place, void *workspace);
 /* The loops inside fb_mix_positions and fb_feed_forward, one thread, for callers that have a workspace (in bytes). */
 ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t positions, ptrdiff_t features);
 void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
                  ptrdiff_t positions, ptrdiff_t features, void *out, ptrdiff_t out_row, void *workspace);
-ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, ptrdiff_t rows);
+ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows);
 void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *stage, ptrdiff_t rows,
                           void *out, void *workspace);
 /* fb_attention.c: fb_attention_weights; stream: out is too large to be found in a cache later. */

@@ -12,7 +12,12 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { PACKED_ROWS = 16 }; /* 8 as good, 32 and more not */
+enum {
+    PACKED_ROWS = 16, /* 8 as good, 32 and more not */
+    /* Bytes of a matrix whose rows are kept, too: one that an L2 holds is read as fast by panels (1 MiB: 0.82 to 1.16 times
+     * as fast by rows, 64 KiB: 0.75 to 0.95). */
+    KEEP_ROWS = 2 << 20
+};
 
 void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size)
 {
@@ -66,6 +71,23 @@ fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k
     return FB_OK;
 }
 
+fb_status fb_panels_keep_rows(fb_dtype dtype, fb_panels *panels)
+{
+    const struct fb_kernels *kernels = fb_kernels_in_use(dtype);
+    const ptrdiff_t size = kernels->size, width = kernels->panel, n = fb_round_up(panels->n, width), k = panels->k;
+    if (!panels->finite || n * k * size < KEEP_ROWS)
+        return FB_OK;
+    if (!(panels->rows = fb_alloc(n, k, size)))
+        return FB_NO_MEMORY;
+    for (ptrdiff_t k0 = 0; k0 < k; k0 += FB_BLOCK) {
+        const ptrdiff_t depth = fb_min(FB_BLOCK, k - k0);
+        for (ptrdiff_t j = 0; j < n; j += width)
+            kernels->copy(fb_at(panels->data, k0 * n + j * depth, size), width, depth, width,
+                          fb_at(panels->rows, k0 * n + j, size), n);
+    }
+    return FB_OK;
+}
+
 void fb_panels_unpack(fb_dtype dtype, const fb_panels *panels, void *w)
 {
     const ptrdiff_t size = dtype == FB_F32 ? 4 : 8, width = FB_PANEL_BYTES / size;
@@ -96,6 +118,7 @@ void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_
 void fb_panels_free(fb_panels *panels)
 {
     fb_free(panels->data);
+    fb_free(panels->rows);
     *panels = (fb_panels){0};
 }
 

@@ -21,6 +21,7 @@ cdef extern from "fastblock.h" nogil:
         void *b_q
         void *b_k
     fb_status fb_panels_pack(fb_dtype, const void *w, Py_ssize_t n, Py_ssize_t k, Py_ssize_t w_row, fb_panels *)
+    fb_status fb_panels_keep_rows(fb_dtype, fb_panels *)
     void fb_panels_unpack(fb_dtype, const fb_panels *, void *w)
     void fb_panels_free(fb_panels *)
     fb_status fb_bias_pack(fb_dtype, const void *bias, Py_ssize_t n, void **out)

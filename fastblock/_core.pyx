@@ -257,6 +257,14 @@ cdef Packed pack_feed_forward(tuple arrays, Packed packed):
     return packed
 
 
+cdef keep_rows(Packed packed):
+    cdef fb_status status
+    with nogil:
+        status = fb_panels_keep_rows(packed.params.dtype, &packed.params.w2)
+    if status == FB_NO_MEMORY:
+        raise MemoryError(f"packed weights of shape ({packed.params.w2.n}, {packed.params.w2.k}) cannot be allocated")
+
+
 cdef Packed pack_query_key(tuple arrays, Packed packed):
     w_q, w_k, b_q, b_k = arrays
     packed.params.dtype = dtype_of(w_q)
@@ -776,6 +784,7 @@ cdef class PackedBlock(Packed):
             raise ValueError("b_q, b_k: expected None without w_q and w_k, got an array")
         cdef Packed packed = Packed()  # all or nothing: a failure leaves this object as it was
         pack_feed_forward(feed_forward_arrays, packed)
+        keep_rows(packed)
         if query_key_arrays is not None:
             pack_query_key(query_key_arrays, packed)
         self.params, packed.params = packed.params, self.params

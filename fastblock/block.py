@@ -21,7 +21,8 @@ class Block(PackedBlock):
         y = relu((A x) w1ᵀ + b1) w2ᵀ + b2        A = softmax((x w_qᵀ + b_q)(x w_kᵀ + b_k)ᵀ / sqrt(E))
 
     The parameters are copied: later changes to the caller's arrays do not matter. All arrays have one dtype,
-    float32 or float64. Weights are stored (out, in), as in `torch.nn.Linear`.
+    float32 or float64. Weights are stored (out, in), as in `torch.nn.Linear`. A w2 of 2 MiB and more is kept twice: in
+    panels, and in rows, of which few positions read only those that ReLU has not made superfluous.
 
     A block is called as ``block(x, weights=None, *, causal=False, key_mask=None, out=None)``. It takes x (..., P, D)
     and returns an array of that shape: `out` if it is given, which may overlap x. The positions are mixed with

@@ -281,13 +281,24 @@ static void run_bias_relu(int number)
     note_bits(out, rows * cols + 8);
 }
 
+/* The rows of B, from its panels. */
+static void *rows_from_panels(const void *panels, ptrdiff_t depth, ptrdiff_t row)
+{
+    void *b = memory(depth * row + k->panel);
+    for (ptrdiff_t i = 0; i < depth; i++)
+        for (ptrdiff_t j = 0; j < row; j++)
+            put_bits(b, i * row + j, bits_at(panels, (j / k->panel * depth + i) * k->panel + j % k->panel));
+    return b;
+}
+
 /* A product of `rows` rows: all combinations of flags by number, the rest by chance. */
-static void run_product_of(ptrdiff_t rows, int flags, int sparse)
+typedef enum { DENSE, SPARSE, BY_ROWS } kernel;
+static void run_product_of(ptrdiff_t rows, int flags, kernel sparse)
 {
     static const ptrdiff_t depths[] = {0, 1, 5, 15, 16, 17, 33, 48, 64, 65, 130, 256};
     const ptrdiff_t panels = rows <= 4 ? between(0, 10) : between(0, 3);
     const ptrdiff_t cols = panels * k->panel + (chance(40) ? 0 : between(1, k->panel - 1));
-    const ptrdiff_t depth = depths[between(0, 11)], padded = fb_round_up(cols, k->panel);
+    const ptrdiff_t depth = depths[between(sparse == BY_ROWS, 11)], padded = fb_round_up(cols, k->panel);
     const ptrdiff_t a_row = chance(50) ? FB_ROW : depth + between(0, 3);
     const int finite = sparse || flags & 8;
     fb_product g = {.rows = rows, .cols = cols, .depth = depth, .a_row = a_row,
@@ -305,7 +316,12 @@ static void run_product_of(ptrdiff_t rows, int flags, int sparse)
     if (sparse) {
         fb_nonzeros list = {.value = a_row == FB_ROW ? a : memory(rows * FB_ROW), /* in place where it can be */
                             .offset = memory(rows * FB_ROW), .count = memory(rows * 4), .slice = chance(50) ? 64 : 256,
-                            .sums = memory(rows * FB_SUMS_BYTES / 8)};
+                            .sums = memory(sparse == BY_ROWS ? padded : rows * FB_SUMS_BYTES / 8)};
+        if (sparse == BY_ROWS) {
+            list.slice = FB_BLOCK;
+            g.b_row = padded;
+            g.b_rows = rows_from_panels(g.b, depth, padded);
+        }
         k->compress(a, a_row, rows, depth, &list);
         for (ptrdiff_t s = 0; s * list.slice < depth; s++)
             for (ptrdiff_t i = 0; i < rows; i++) {
@@ -315,7 +331,7 @@ static void run_product_of(ptrdiff_t rows, int flags, int sparse)
                 for (ptrdiff_t j = 0; j < n; j++)
                     note(list.offset[start + j]);
             }
-        k->product_sparse(&g, &list);
+        (sparse == BY_ROWS ? k->product_rows : k->product_sparse)(&g, &list);
     } else {
         k->product(&g);
     }
@@ -333,11 +349,15 @@ static ptrdiff_t rows_of(int number)
 }
 static void run_product(int number)
 {
-    run_product_of(rows_of(number), number / 33, 0);
+    run_product_of(rows_of(number), number / 33, DENSE);
 }
 static void run_product_sparse(int number)
 {
-    run_product_of(rows_of(number), number / 33, 1);
+    run_product_of(rows_of(number), number / 33, SPARSE);
+}
+static void run_product_rows(int number)
+{
+    run_product_of(rows_of(number), number / 33, BY_ROWS);
 }
 
 /* As many columns as fit into the narrowest vector of all tiers. */
@@ -490,6 +510,7 @@ static const struct {
     {"mix_positions", run_mix_positions, 54},
     {"attention_weights", run_attention_weights, 54},
     {"block", run_block, 54},
+    {"product_rows", run_product_rows, 33 * 8},
 };
 
 static void use_tier(const char *name)
