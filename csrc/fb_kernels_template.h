@@ -120,13 +120,14 @@ FB_INLINE void FN(finish_tile)(const int rows, const int vecs, const fb_product 
 }
 
 /* The longer side of the tile comes one by one, so that the shorter side and the accumulators fit into the registers. */
-FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, const REAL *b, ptrdiff_t b_panel, VEC *s)
+FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrdiff_t a_row, const REAL *b,
+                             ptrdiff_t b_panel, VEC *s)
 {
     VEC side[FB_TILE_VECS], one;
     if (rows < vecs) {
         FB_UNROLL
         for (int i = 0; i < rows; i++)
-            side[i] = V(splat)(a + i * FB_ROW);
+            side[i] = V(splat)(a + i * a_row);
         FB_UNROLL
         for (int j = 0; j < vecs; j++) {
             one = V(load)(b + j / PANEL_VECS * b_panel + j % PANEL_VECS * LANES);
@@ -141,29 +142,28 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, cons
         side[j] = V(load)(b + j / PANEL_VECS * b_panel + j % PANEL_VECS * LANES);
     FB_UNROLL
     for (int i = 0; i < rows; i++) {
-        one = V(splat)(a + i * FB_ROW);
+        one = V(splat)(a + i * a_row);
         FB_UNROLL
         for (int j = 0; j < vecs; j++)
             s[i * vecs + j] = V(fma)(one, side[j], s[i * vecs + j]);
     }
 }
 
-/* A tile of `rows` x `panels` panels, both constants: its accumulators are registers. So is the distance of the rows of
- * A, FB_ROW: one register points to all of them. In its first `fetches` strips it fetches a line a k, `fetch` elements
- * ahead in B (L2); the hardware does not notice that a panel will be followed by the next one.
+/* A tile of `rows` x `panels` panels, both constants: its accumulators are registers. For a staged A a_row is a constant,
+ * too: one register points to all rows. In its first `fetches` strips the tile fetches a line a k, `fetch` elements ahead
+ * in B (L2); the hardware does not notice that a panel will be followed by the next one.
  *
  * No instruction here is free: with a second thread on the core, whom the machine gives every other cycle, 27 instead of
  * 21 instructions a k took 1.25 times as long (rows a variable distance apart; fetches of the next rows of A).
  * Not better: the same lines in bursts between the tiles (6 to 16 rows 1.2 to 1.3 times as long), every second line
  * (1.5 times), a line every second k (1.05 times), to L1 (the same), all lines in the first of two tiles (1.03).
- * Not better: 3 rows x 2 panels with operands in memory, 17.5 instead of 21.5 instructions a k (0.95: loads); rows a
- * variable distance apart behind two registers (22; 0.83 to 0.98; mixing without a copy of A 1.01, causal 1.1); k in one
+ * Not better: 3 rows x 2 panels with operands in memory, 17.5 instead of 21.5 instructions a k (0.95: loads); k in one
  * loop of 4 instead of strips (gcc then moves accumulators: 0.8).
  * Not better either: 150 instead of 290 instructions at the ends of a tile (a function a tile height that walks down the
  * rows; NaN looked for in the sum of all vectors): 0.99 to 1.02, and 16 rows at depth 64 1.07 times as long. The ends
  * overlap with the neighbouring tiles. 8 rows as 5 + 3 instead of 4 + 4: 1.2 times as long. */
-FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, const REAL *a, const REAL *b,
-                        ptrdiff_t left, const REAL *bias, const FN(place) at, ptrdiff_t fetch, ptrdiff_t fetches)
+FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, const REAL *a, ptrdiff_t a_row,
+                        const REAL *b, ptrdiff_t left, const REAL *bias, const FN(place) at, ptrdiff_t fetch, ptrdiff_t fetches)
 {
     const int vecs = panels * PANEL_VECS;
     const ptrdiff_t b_panel = g->depth * PANEL;
@@ -179,37 +179,37 @@ FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, c
         FB_UNROLL_K
         for (int k = 0; k < FB_STRIP; k++) {
             FB_PREFETCH_L2(b + k * PANEL + fetch);
-            FN(tile_step)(rows, vecs, a + k, b + k * PANEL, b_panel, s);
+            FN(tile_step)(rows, vecs, a + k, a_row, b + k * PANEL, b_panel, s);
         }
     }
     for (; left >= FB_STRIP; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL) {
         FB_UNROLL_K
         for (int k = 0; k < FB_STRIP; k++)
-            FN(tile_step)(rows, vecs, a + k, b + k * PANEL, b_panel, s);
+            FN(tile_step)(rows, vecs, a + k, a_row, b + k * PANEL, b_panel, s);
     }
     for (; left > 0; left--, a++, b += PANEL)
-        FN(tile_step)(rows, vecs, a, b, b_panel, s);
+        FN(tile_step)(rows, vecs, a, a_row, b, b_panel, s);
 
     FN(finish_tile)(rows, vecs, g, s, bias, at);
 }
 
 /* The tile at row i and panel p; returns the number of panels done. The last panel, where it is partly outside C,
  * goes through a scratch tile: C is never written or read outside. */
-FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL *a, ptrdiff_t i, ptrdiff_t p,
-                                const int16_t *range, ptrdiff_t fetch, ptrdiff_t fetches)
+FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL *a, ptrdiff_t a_row, ptrdiff_t i,
+                                ptrdiff_t p, const int16_t *range, ptrdiff_t fetch, ptrdiff_t fetches)
 {
     const ptrdiff_t depth = range[1] - range[0];
     const REAL *b = (const REAL *)g->b + p * g->depth * PANEL + range[0] * PANEL;
     const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;
     const FN(place) at = FN(place_at)(g, i, p * PANEL);
     const ptrdiff_t left = g->cols - p * PANEL;
-    a += i * FB_ROW + range[0];
+    a += i * a_row + range[0];
     if (FB_LIKELY(left >= FB_TILE_PANELS(rows) * PANEL)) {
-        FN(tile)(rows, FB_TILE_PANELS(rows), g, a, b, depth, bias, at, fetch, fetches);
+        FN(tile)(rows, FB_TILE_PANELS(rows), g, a, a_row, b, depth, bias, at, fetch, fetches);
         return FB_TILE_PANELS(rows);
     }
     if (FB_TILE_PANELS(rows) > 1 && left >= PANEL) {
-        FN(tile)(rows, 1, g, a, b, depth, bias, at, 0, 0);
+        FN(tile)(rows, 1, g, a, a_row, b, depth, bias, at, 0, 0);
         return 1;
     }
     REAL scratch[FB_TILE_ROWS * FB_PANEL_BYTES / sizeof(REAL)];
@@ -217,7 +217,7 @@ FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL 
         memset(scratch, 0, sizeof scratch);
         FN(copy)(at.from, at.from_row, rows, left, scratch, PANEL);
     }
-    FN(tile)(rows, 1, g, a, b, depth, bias, (FN(place)){scratch, scratch, PANEL, PANEL}, 0, 0);
+    FN(tile)(rows, 1, g, a, a_row, b, depth, bias, (FN(place)){scratch, scratch, PANEL, PANEL}, 0, 0);
     FN(copy)(scratch, PANEL, rows, left, at.to, at.to_row);
     return 1;
 }
@@ -241,9 +241,11 @@ FB_INLINE void FN(nonzero_range)(const REAL *a, ptrdiff_t a_row, ptrdiff_t rows,
 
 /* Loop 2 of the BLIS numbering runs over the panels of B, loop 1 over the row tiles of A: a panel (16 KB) stays in
  * L1 for all rows. Rows are dealt out evenly (13 = 5 + 4 + 4, not 6 + 6 + 1), because a tile of fewer than 4 rows x
- * 1 panel has too few chains to fill the FMA units; 3 rows or fewer span several panels instead. */
-static void FN(product)(const fb_product *g)
+ * 1 panel has too few chains to fill the FMA units; 3 rows or fewer span several panels instead. staged, a constant: A is
+ * read, or copied to, FB_ROW apart. */
+FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
 {
+    const ptrdiff_t a_row = staged ? FB_ROW : g->a_row;
     const ptrdiff_t panels = (g->cols + PANEL - 1) / PANEL;
     const ptrdiff_t tiles = (g->rows + FB_TILE_ROWS - 1) / FB_TILE_ROWS;
     if (tiles == 0)
@@ -252,7 +254,8 @@ static void FN(product)(const fb_product *g)
     const ptrdiff_t longer_until = (g->rows - tiles * fewest) * (fewest + 1);
     const ptrdiff_t group = FB_TILE_PANELS(fewest);
     /* strips of a tile that fetch: together they fetch the next panel */
-    const ptrdiff_t strips = g->depth / FB_STRIP, fetches = group > 1 ? 0 : tiles == 1 ? strips : (strips + tiles - 1) / tiles;
+    const ptrdiff_t strips = g->depth / FB_STRIP;
+    const ptrdiff_t fetches = !staged || group > 1 ? 0 : tiles == 1 ? strips : (strips + tiles - 1) / tiles;
     const int16_t whole[2] = {0, (int16_t)g->depth};
     int16_t range[FB_ROWS][2];
     const REAL *a = g->a;
@@ -260,11 +263,11 @@ static void FN(product)(const fb_product *g)
     for (ptrdiff_t i = 0, t = 0; g->skip && i < g->rows; i += rows, t++) {
         rows = i < longer_until ? fewest + 1 : fewest;
         FN(nonzero_range)(a + i * g->a_row, g->a_row, rows, g->depth, range[t]);
-        if (g->a_row != FB_ROW)
+        if (g->a_row != a_row)
             FN(copy)(a + i * g->a_row + range[t][0], g->a_row, rows, range[t][1] - range[t][0],
                      (REAL *)g->stage + i * FB_ROW + range[t][0], FB_ROW);
     }
-    if (g->a_row != FB_ROW) {
+    if (g->a_row != a_row) {
         if (!g->skip)
             FN(copy)(a, g->a_row, g->rows, g->depth, g->stage, FB_ROW);
         a = g->stage;
@@ -278,7 +281,7 @@ static void FN(product)(const fb_product *g)
                 switch (rows) {
 #define FB_TILE_CASE(r)                                                                                               \
     case r:                                                                                                           \
-        p += FN(tile_at)(r, g, a, i, p, g->skip ? range[t] : whole, fetch, fetches);                                              \
+        p += FN(tile_at)(r, g, a, a_row, i, p, g->skip ? range[t] : whole, fetch, fetches);                           \
         break;
                     FB_TILE_CASES(FB_TILE_CASE)
 #undef FB_TILE_CASE
@@ -286,6 +289,17 @@ static void FN(product)(const fb_product *g)
             }
         }
     }
+}
+
+/* A copy of A that few panels read is not worth its time, though the tile then needs more registers for the rows: 12 x 128
+ * x 64 1.06 times as fast without, 12 x 512 x 64 causal 1.06 to 1.14, 128 x 16 1.15, 128 x 128 1.02; 128 x 256 0.83 to
+ * 0.95, 512 x 768 0.95. */
+static void FN(product)(const fb_product *g)
+{
+    if (g->a_row != FB_ROW && g->cols <= 8 * PANEL)
+        FN(product_of)(g, 0);
+    else
+        FN(product_of)(g, 1);
 }
 
 /* ---- product_sparse: the same, from the nonzeros of A only (contract section 6) */
@@ -793,25 +807,31 @@ FB_INLINE REAL FN(largest)(const REAL *s, ptrdiff_t n)
     return lane[0];
 }
 
-/* sum += e[i][j] for j < n, in order; row i is lane i. */
-FB_INLINE VEC FN(add_columns)(const REAL *e, ptrdiff_t e_row, ptrdiff_t n, VEC sum)
+/* sums[] += e[i][j] for j < n, in order; row i is lane i of the vectors. Side by side, for an add waits for the one before:
+ * with two, a softmax of 512 takes 0.96 of the time. */
+FB_INLINE void FN(add_columns)(const REAL *e, ptrdiff_t e_row, ptrdiff_t n, int vecs, VEC *sums)
 {
     VEC column[LANES];
     for (ptrdiff_t j = 0; j < n; j += LANES) {
-        FB_UNROLL
-        for (int i = 0; i < LANES; i++)
-            column[i] = V(load)(e + i * e_row + j);
-        V(transpose)(column);
-        if (FB_LIKELY(n - j >= LANES)) {
+        const int whole = n - j >= LANES;
+        const REAL *at = e + j;
+        for (int q = 0; q < vecs; q++, at += LANES * e_row) {
+            VEC sum = sums[q];
             FB_UNROLL
             for (int i = 0; i < LANES; i++)
-                sum = V(add)(sum, column[i]);
-        } else {
-            for (int i = 0; i < n - j; i++)
-                sum = V(add)(sum, column[i]);
+                column[i] = V(load)(at + i * e_row);
+            V(transpose)(column);
+            if (FB_LIKELY(whole)) {
+                FB_UNROLL
+                for (int i = 0; i < LANES; i++)
+                    sum = V(add)(sum, column[i]);
+            } else {
+                for (int i = 0; i < n - j; i++)
+                    sum = V(add)(sum, column[i]);
+            }
+            sums[q] = sum;
         }
     }
-    return sum;
 }
 
 /* out[j] = e[j] * by for j < n, +0.0 from there up to width; by may be infinite if n is 0. Whole vectors wherever they
@@ -832,14 +852,17 @@ FB_INLINE void FN(scale_row)(const int stream, const REAL *e, VEC by, ptrdiff_t 
 static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff_t out_row, ptrdiff_t rows,
                         ptrdiff_t width, const ptrdiff_t *count, const ptrdiff_t *ends, double scale_, int stream)
 {
-    enum { CHUNK = 128 }; /* columns: LANES rows of them stay in L1 between exp and sum */
+    /* CHUNK columns of GROUP rows stay in L1 between exp and sum. */
+    enum { CHUNK = 128, GROUP = 2 * LANES < FB_SOFTMAX_ROWS ? 2 * LANES : FB_SOFTMAX_ROWS };
     const REAL scale = (REAL)scale_;
     const VEC by = V(splat)(&scale);
-    for (ptrdiff_t i0 = 0; i0 < rows; i0 += LANES) {
-        const int group = (int)fb_min(LANES, rows - i0);
-        REAL *s = (REAL *)scores_ + i0 * scores_row, max[LANES], total[LANES];
-        VEC sum = V(zero)(), block = V(zero)();
+    for (ptrdiff_t i0 = 0; i0 < rows; i0 += GROUP) {
+        const int group = (int)fb_min(GROUP, rows - i0), vecs = (group + LANES - 1) / LANES;
+        REAL *s = (REAL *)scores_ + i0 * scores_row, max[GROUP], total[GROUP];
+        VEC sum[GROUP / LANES], block[GROUP / LANES];
         ptrdiff_t longest = 0;
+        for (int q = 0; q < vecs; q++)
+            sum[q] = block[q] = V(zero)();
         /* 1. m */
         for (int i = 0; i < group; i++) {
             longest = fb_max(longest, count[i0 + i]);
@@ -873,14 +896,17 @@ static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff
                 for (ptrdiff_t j = fb_max(end, j0); j < j1; j++)
                     s_row[j] = 0;
             }
-            block = FN(add_columns)(s + j0, scores_row, j1 - j0, block);
+            FN(add_columns)(s + j0, scores_row, j1 - j0, vecs, block);
             if (j1 == *block_end) {
-                sum = V(add)(sum, block);
-                block = V(zero)();
+                for (int q = 0; q < vecs; q++) {
+                    sum[q] = V(add)(sum[q], block[q]);
+                    block[q] = V(zero)();
+                }
                 block_end++;
             }
         }
-        V(store)(total, V(add)(sum, block));
+        for (int q = 0; q < vecs; q++)
+            V(store)(total + q * LANES, V(add)(sum[q], block[q]));
         /* 3. A = canonical(e * (1 / r)). A sum of r, at least e**0, is NaN if one score is, or one is infinite: then so
          * is the whole row; else nothing is, and no product is -0.0. */
         for (int i = 0; i < group; i++) {
