@@ -6,6 +6,7 @@
  * and from fb_simd_*.h:
  *   FB_TILE_ROWS, FB_TILE_VECS, FB_TILE_CASES  rows of the largest register tile, its accumulators, X(r) for all its rows
  *   FB_TILE_PANELS(r)                          panels that a tile of r rows spans
+ *   FB_DIRECT_PANELS                           panels of a product that reads A where it stands, at most; 0: no such code
  *   FB_SPARSE_PANELS(r)                        panels at a time in a sparse product of r rows
  *   FB_MOST_PANELS, FB_PANEL_CASES             the most of these, X(n) for all of them
  * Each kernel's comment names the function of fastblock/reference.py that defines its bits.
@@ -298,7 +299,7 @@ FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
  * 0.95, 512 x 768 0.95. */
 static void FN(product)(const fb_product *g)
 {
-    if (g->a_row != FB_ROW && g->cols <= 8 * PANEL)
+    if (FB_DIRECT_PANELS && g->a_row != FB_ROW && g->cols <= FB_DIRECT_PANELS * PANEL)
         FN(product_of)(g, 0);
     else
         FN(product_of)(g, 1);

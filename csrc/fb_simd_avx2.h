@@ -10,6 +10,7 @@
 #define FB_TILE_ROWS 6
 #define FB_TILE_PANELS(rows) ((rows) == 1 ? 6 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
 #define FB_TILE_VECS 12
+#define FB_DIRECT_PANELS 8 /* see product */
 #define FB_SPARSE_PANELS(rows) ((rows) > 3 ? 4 : 6) /* see sparse_rows */
 #define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 #define FB_MOST_PANELS 6

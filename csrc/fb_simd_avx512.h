@@ -10,6 +10,7 @@
 #define FB_TILE_ROWS 14
 #define FB_TILE_PANELS(rows) ((rows) == 1 ? 8 : (rows) == 2 ? 6 : (rows) == 3 ? 4 : (rows) == 4 ? 3 : 2)
 #define FB_TILE_VECS 28
+#define FB_DIRECT_PANELS 0 /* not measured */
 #define FB_SPARSE_PANELS(rows) 8
 #define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #define FB_MOST_PANELS 8

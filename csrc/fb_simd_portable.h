@@ -13,6 +13,7 @@
 #define FB_TILE_ROWS 4
 #define FB_TILE_PANELS(rows) 1
 #define FB_TILE_VECS 16
+#define FB_DIRECT_PANELS 0 /* not measured */
 #define FB_SPARSE_PANELS(rows) 1
 #define FB_PANEL_CASES(X) X(1)
 #define FB_MOST_PANELS 1
