@@ -57,7 +57,7 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
 
 ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows)
 {
-    return rows * FB_ROW * k->size + fb_skip_workspace(k, rows, params->w2.rows ? params->w2.n : 0, 1);
+    return rows * FB_ROW * k->size + fb_skip_workspace(k, rows, params->w2.n, 1);
 }
 
 void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *stage, ptrdiff_t rows,
@@ -123,7 +123,7 @@ fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *param
     const int parts = fb_parts(threads, work, rows / FB_PART_ROWS);
     const ptrdiff_t tile = t.tile = fb_stage_rows(k, (rows + parts - 1) / parts, features);
     if (by_columns) {
-        t.workspace_bytes = fb_round_up(fb_skip_workspace(k, rows, params->w2.rows ? features : 0, 0), 64);
+        t.workspace_bytes = fb_round_up(fb_skip_workspace(k, rows, features, 0), 64);
         t.stage = fb_alloc(fb_stage_bytes(k, rows, features), 1, 1);
         t.hidden = fb_alloc(rows * blocks, FB_ROW, k->size);
     } else {

@@ -121,7 +121,7 @@ void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, co
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
                           const void *bias, fb_ending ending, void *out);
 /* One block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. in_place: A may be
- * destroyed, and its a_row is FB_ROW. workspace: fb_skip_workspace(...) bytes, 64-byte aligned; cols: 0 without b_rows. */
+ * destroyed, and its a_row is FB_ROW. workspace: fb_skip_workspace(...) bytes, 64-byte aligned; cols: of C, 0 if b_rows is NULL. */
 ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t cols, int in_place);
 void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, int in_place, void *workspace);
 /* The loops inside fb_mix_positions and fb_feed_forward, one thread, for callers that have a workspace (in bytes). */

@@ -477,8 +477,8 @@ FB_INLINE void FN(meet_rows)(const int n, const fb_product *g, const REAL *value
     VEC x[2 * FB_STEP], s[PANEL_VECS];
     FB_UNROLL
     for (int q = 0; q < n; q++) {
-        b[q] = (const REAL *)g->b_rows + offset[q] / 64 * g->b_row;
-        ahead[q] = (const REAL *)g->b_rows + next[q] / 64 * g->b_row;
+        b[q] = (const REAL *)g->b_rows + offset[q] / FB_PANEL_BYTES * g->b_row;
+        ahead[q] = (const REAL *)g->b_rows + next[q] / FB_PANEL_BYTES * g->b_row;
         x[q] = V(splat)(value + q);
     }
     for (ptrdiff_t j = 0; j < g->cols; j += PANEL) {

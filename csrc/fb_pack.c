@@ -4,6 +4,7 @@
  *     block * 256 * N' + (panel * depth + k % 256) * width + j % width,   block = k / 256, panel = j / width,
  * width = 64 bytes of columns, N' = N rounded up to whole panels, depth = rows of that block (256, the last may have
  * fewer). A panel of a block is one stream of cache lines, 16 KB, half of an L1 cache. Padding columns are +0.0.
+ * fb_panels_keep_rows adds B[k, j] at k * N' + j: whole rows, for products that need few of them.
  */
 #define _DEFAULT_SOURCE /* posix_memalign, madvise */
 #include "fb_kernels.h"
