@@ -84,6 +84,29 @@ FB_INLINE int fb_popcount(unsigned x)
 #endif
 }
 
+/* The number of the lowest and of the highest bit of x, which is not 0. */
+FB_INLINE int fb_lowest_bit(unsigned x)
+{
+#if defined(_MSC_VER) && !defined(__clang__)
+    unsigned long bit;
+    _BitScanForward(&bit, x);
+    return (int)bit;
+#else
+    return __builtin_ctz(x);
+#endif
+}
+
+FB_INLINE int fb_highest_bit(unsigned x)
+{
+#if defined(_MSC_VER) && !defined(__clang__)
+    unsigned long bit;
+    _BitScanReverse(&bit, x);
+    return (int)bit;
+#else
+    return 31 - __builtin_clz(x);
+#endif
+}
+
 /* Four numbers of 16 bits in one load, the first in the lowest bits. */
 FB_INLINE uint64_t fb_load_offsets(const uint16_t *p)
 {

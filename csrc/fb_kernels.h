@@ -65,6 +65,8 @@ struct fb_kernels {
     void (*copy)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
     /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows on. */
     void (*pack)(const void *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel);
+    /* The rows of B as they are, B[k, j] = x[k*x_row + j], k < depth, j < cols, as panels of one block; whether all are finite. */
+    int (*pack_rows)(const void *x, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols, void *panels);
     void (*product)(const fb_product *);
     /* The same from the nonzeros of A only; B must be finite. */
     void (*product_sparse)(const fb_product *, const fb_nonzeros *);
@@ -74,7 +76,7 @@ struct fb_kernels {
      * What stands between the rows of C is overwritten. */
     void (*product_small)(const fb_product *, ptrdiff_t b_row);
     void (*compress)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, const fb_nonzeros *out);
-    /* A few rows of A: the k from their first to their last nonzero, and the nonzeros of the first of them. */
+    /* At most 6 rows of A: the k from their first to their last nonzero, and the nonzeros of the middle one. A hint. */
     void (*sample)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t *span, ptrdiff_t *nonzeros);
     /* out[i,j] = relu(finish(x[i,j], bias[j])) */
     void (*bias_relu)(const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t cols);
@@ -101,9 +103,6 @@ const struct fb_kernels *fb_kernels_in_use(fb_dtype dtype);
 
 /* fb_pack.c: 64-byte-aligned memory for rows x cols elements, NULL if that overflows or cannot be had; fb_free frees it */
 void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size);
-/* Pack rows of B as they are, k-major: B[k, j] = x[k*x_row + j], k < depth, j < cols, into panels of one block. */
-void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols,
-                         void *panels);
 
 /* fb_matmul.c: a left operand A as the kernel wants it: its blocks of 256 k one after the other, rows x FB_ROW each.
  * fb_stage_rows: how many rows to take at a time, dealt out evenly; fb_stage_bytes: the size of that many. */

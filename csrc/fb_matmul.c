@@ -230,9 +230,7 @@ void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weig
                 .last = k0 + FB_BLOCK >= positions,
             };
             g.b = workspace;
-            fb_panels_from_rows(k, fb_at(x, k0 * features + j, size), features, g.depth, cols, workspace);
-            const int finite = (double)rows * (double)g.depth * (double)cols >= SKIP_WORK
-                               && k->all_finite(workspace, g.depth * fb_round_up(cols, k->panel));
+            const int finite = k->pack_rows(fb_at(x, k0 * features + j, size), features, g.depth, cols, workspace);
             for (ptrdiff_t i = 0; i < rows; i += FB_ROWS) {
                 g.rows = fb_min(FB_ROWS, rows - i);
                 fb_product_skipping(k, &g, finite, 0, (char *)workspace + packed);

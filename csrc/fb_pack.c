@@ -14,7 +14,6 @@
 #include <sys/mman.h>
 
 enum {
-    PACKED_ROWS = 16, /* 8 as good, 32 and more not */
     /* Bytes of a matrix whose rows are kept, too: one that an L2 holds is read as fast by panels (1 MiB: 0.82 to 1.16 times
      * as fast by rows, 64 KiB: 0.75 to 0.95). */
     KEEP_ROWS = 2 << 20
@@ -98,22 +97,6 @@ void fb_panels_unpack(fb_dtype dtype, const fb_panels *panels, void *w)
             for (ptrdiff_t k = k0; k < fb_min(k0 + FB_BLOCK, panels->k); k++, p += FB_PANEL_BYTES)
                 for (ptrdiff_t j = j0; j < fb_min(j0 + width, panels->n); j++)
                     memcpy(fb_at(w, j * panels->k + k, size), p + (j - j0) * size, (size_t)size);
-}
-
-void fb_panels_from_rows(const struct fb_kernels *k, const void *x, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols,
-                         void *panels)
-{
-    /* Rows are read in order, some at a time, so that what a panel gets is whole lines of one page: with all rows of a panel
-     * at a time mixing 512 x 768 took 1.06 times as long. */
-    for (ptrdiff_t i = 0; i < depth; i += PACKED_ROWS) {
-        const ptrdiff_t rows = fb_min(PACKED_ROWS, depth - i);
-        char *panel = (char *)panels + i * FB_PANEL_BYTES;
-        for (ptrdiff_t j = 0; j < cols; j += k->panel, panel += depth * FB_PANEL_BYTES) {
-            if (cols - j < k->panel)
-                memset(panel, 0, (size_t)(rows * FB_PANEL_BYTES));
-            k->copy(fb_at(x, i * x_row + j, k->size), x_row, rows, fb_min(k->panel, cols - j), panel, k->panel);
-        }
-    }
 }
 
 void fb_panels_free(fb_panels *panels)

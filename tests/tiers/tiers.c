@@ -381,7 +381,7 @@ static void run_sample(int number)
     ptrdiff_t span, nonzeros;
     k->sample(a, row, rows, depth, &span, &nonzeros);
     note((uint64_t)nonzeros);
-    /* The span is a hint, found in steps of whole vectors: at least all nonzeros, at most everything. */
+    /* The span is a hint, not the same for all vector lengths: at least all nonzeros, at most everything. */
     note(span >= 0 && span <= depth && span >= nonzeros);
 }
 
