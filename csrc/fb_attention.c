@@ -2,7 +2,7 @@
  *
  * A masked key takes no part in anything, so it is left out of the packed keys altogether: scores exist for allowed
  * keys only, in key order, and `ends` remembers where the blocks of the original key numbers end. With causal, a tile
- * of queries meets the keys up to its last query only.
+ * of queries meets the keys up to its last query only, and in the product a tile of rows those up to its last row.
  */
 #include "fb_kernels.h"
 
@@ -88,8 +88,9 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
     fb_stage(k, fb_at(t->x, (b * t->positions + i) * w_q->k, size), w_q->k, rows, w_q->k, stage);
     for (ptrdiff_t e = 0; e < width; e += FB_BLOCK)
         fb_matmul(k, stage, rows, w_q, e, fb_min(FB_BLOCK, width - e), b_q ? fb_at(b_q, e, size) : NULL, FB_FINISH,
-                  fb_at(queries, e * rows / FB_BLOCK * FB_ROW, size), FB_ROW, NULL);
-    fb_matmul(k, queries, rows, &t->packed[b], 0, seen, NULL, FB_SUMS, scores, t->scores_row, NULL);
+                  NULL, fb_at(queries, e * rows / FB_BLOCK * FB_ROW, size), FB_ROW, NULL);
+    fb_matmul(k, queries, rows, &t->packed[b], 0, seen, NULL, FB_SUMS, t->causal ? count : NULL,
+              scores, t->scores_row, NULL);
     if (allowed == t->positions) {
         k->softmax(scores, t->scores_row, out, t->positions, rows, t->positions, count, ends, t->scale, t->stream);
         return;

@@ -25,7 +25,7 @@ static void up(const feed_forward *t, const void *stage, ptrdiff_t rows, ptrdiff
 {
     const void *b1 = t->params->b1;
     n = fb_round_up(n, t->k->panel);
-    fb_matmul(t->k, stage, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, FB_RELU, h, FB_ROW,
+    fb_matmul(t->k, stage, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, FB_RELU, NULL, h, FB_ROW,
               NULL);
 }
 

@@ -45,6 +45,10 @@ typedef struct fb_product {
     ptrdiff_t rows, cols, depth;   /* depth <= FB_BLOCK */
     int first, last, relu;
     int skip; /* B is finite: k where a whole row tile of A is zero, at either end of the block, may be left out */
+    /* NULL, or of each row how many columns matter, not falling, where the first of C is number first_col: the others may be
+     * left as they are */
+    const ptrdiff_t *wanted;
+    ptrdiff_t first_col;
 } fb_product;
 
 /* The nonzeros of A, compressed: row i, slice s (`slice` consecutive k) has FB_STEP * count[s*rows + i] of them, from
@@ -113,9 +117,11 @@ void fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdif
 typedef enum fb_ending { FB_SUMS = -1, FB_FINISH, FB_RELU } fb_ending;
 /* C (rows x cols) = A B, ended, where A is staged, rows <= FB_ROWS, and B is columns first_col ..
  * first_col + cols of a packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread.
- * totals: scratch for FB_ROWS x FB_ROW elements, or NULL if C itself is a good place for them. */
+ * wanted: of fb_product, counted in columns of B, or NULL. totals: scratch for FB_ROWS x FB_ROW elements, or NULL if C
+ * itself is a good place for them. */
 void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
-               ptrdiff_t cols, const void *bias, fb_ending ending, void *c, ptrdiff_t c_row, void *totals);
+               ptrdiff_t cols, const void *bias, fb_ending ending, const ptrdiff_t *wanted, void *c, ptrdiff_t c_row,
+               void *totals);
 /* The same for all columns, on all threads: C has b->n columns. */
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
                           const void *bias, fb_ending ending, void *out);

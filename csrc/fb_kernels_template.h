@@ -343,6 +343,8 @@ FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
         const ptrdiff_t p1 = fb_min(p0 + group, panels);
         for (ptrdiff_t i = 0, t = 0; i < g->rows; i += rows, t++) {
             rows = i < longer_until ? fewest + 1 : fewest;
+            if (g->wanted && g->wanted[i + rows - 1] <= g->first_col + p0 * PANEL)
+                continue;
             const ptrdiff_t fetch = (g->depth + t * fetches * FB_STRIP) * PANEL;
             for (ptrdiff_t p = p0; p < p1;) {
                 switch (rows) {
@@ -956,7 +958,7 @@ static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff
                         V(store)(s_row + j + q * LANES, v[q]);
                 }
                 for (; j < end; j += LANES) {
-                    VEC v = V(sub)(V(mul)(V(load)(s_row + j), by), m);
+                    VEC v = V(sub)(V(mul)(V(load_first)(s_row + j, fb_min(LANES, end - j)), by), m);
                     FN(exp_vecs)(1, &v);
                     V(store_first)(s_row + j, v, fb_min(LANES, end - j));
                 }

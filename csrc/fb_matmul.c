@@ -53,7 +53,8 @@ void fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdif
 }
 
 void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
-               ptrdiff_t cols, const void *bias, fb_ending ending, void *c, ptrdiff_t c_row, void *totals)
+               ptrdiff_t cols, const void *bias, fb_ending ending, const ptrdiff_t *wanted, void *c, ptrdiff_t c_row,
+               void *totals)
 {
     const ptrdiff_t padded = fb_round_up(b->n, k->panel);
     for (ptrdiff_t j = 0; j < cols; j += COLUMNS) { /* loop 5 */
@@ -75,6 +76,8 @@ void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, co
                 .first = k0 == 0,
                 .last = k0 + depth == b->k && ending != FB_SUMS,
                 .relu = ending == FB_RELU,
+                .wanted = wanted,
+                .first_col = first_col + j,
             });
             k0 += FB_BLOCK;
         } while (k0 < b->k);
@@ -161,7 +164,7 @@ static void project_part(void *context, int thread, int part, int parts)
         rows = fb_min(t->tile, end - i);
         fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, stage);
         fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL, t->ending,
-                  fb_at(t->out, i * w->n + first, size), w->n, totals);
+                  NULL, fb_at(t->out, i * w->n + first, size), w->n, totals);
     }
 }
 
