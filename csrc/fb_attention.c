@@ -85,11 +85,11 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
         count[r] = seen;
     }
     char *queries = (char *)scores + t->scores_bytes, *stage = queries + t->queries_bytes;
-    fb_stage(k, fb_at(t->x, (b * t->positions + i) * w_q->k, size), w_q->k, rows, w_q->k, stage);
+    const fb_left x = fb_stage(k, fb_at(t->x, (b * t->positions + i) * w_q->k, size), w_q->k, rows, w_q->k, width, stage);
     for (ptrdiff_t e = 0; e < width; e += FB_BLOCK)
-        fb_matmul(k, stage, rows, w_q, e, fb_min(FB_BLOCK, width - e), b_q ? fb_at(b_q, e, size) : NULL, FB_FINISH,
+        fb_matmul(k, x, rows, w_q, e, fb_min(FB_BLOCK, width - e), b_q ? fb_at(b_q, e, size) : NULL, FB_FINISH,
                   NULL, fb_at(queries, e * rows / FB_BLOCK * FB_ROW, size), FB_ROW, NULL);
-    fb_matmul(k, queries, rows, &t->packed[b], 0, seen, NULL, FB_SUMS, t->causal ? count : NULL,
+    fb_matmul(k, (fb_left){queries, FB_ROW}, rows, &t->packed[b], 0, seen, NULL, FB_SUMS, t->causal ? count : NULL,
               scores, t->scores_row, NULL);
     if (allowed == t->positions) {
         k->softmax(scores, t->scores_row, out, t->positions, rows, t->positions, count, ends, t->scale, t->stream);

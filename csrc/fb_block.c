@@ -38,9 +38,9 @@ static void rows_part(void *context, int thread, int part, int parts)
     for (; row < end; row += n) {
         n = fb_min(fb_min(t->tile, t->positions - row % t->positions), end - row);
         mix(t, row, n, z, workspace);
-        if (z != stage)
-            fb_stage(t->k, z, t->z_row, n, features, stage);
-        fb_feed_forward_rows(t->k, t->params, stage, n, fb_at(t->out, row * features, t->k->size), workspace);
+        const fb_left mixed = z == stage ? (fb_left){z, t->z_row}
+                                         : fb_stage(t->k, z, t->z_row, n, features, t->params->w1.n, stage);
+        fb_feed_forward_rows(t->k, t->params, mixed, n, fb_at(t->out, row * features, t->k->size), workspace);
     }
 }
 

@@ -16,16 +16,17 @@ typedef struct feed_forward {
     ptrdiff_t x_row, rows;
     void *out;
     void *stage, *hidden; /* by columns: all of x, staged; all of the hidden activations, as staged */
+    fb_left left;         /* by columns: all of x */
     char *workspace; /* of each thread */
     ptrdiff_t workspace_bytes, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
 } feed_forward;
 
 /* h (rows x n, FB_ROW apart) = up_project of hidden units f .. f + n, and of the padding up to whole panels */
-static void up(const feed_forward *t, const void *stage, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
+static void up(const feed_forward *t, fb_left x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
 {
     const void *b1 = t->params->b1;
     n = fb_round_up(n, t->k->panel);
-    fb_matmul(t->k, stage, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, FB_RELU, NULL, h, FB_ROW,
+    fb_matmul(t->k, x, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, FB_RELU, NULL, h, FB_ROW,
               NULL);
 }
 
@@ -60,13 +61,13 @@ ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params 
     return rows * FB_ROW * k->size + fb_skip_workspace(k, rows, params->w2.n, 1);
 }
 
-void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *stage, ptrdiff_t rows,
+void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows,
                           void *out, void *workspace)
 {
     const feed_forward t = {.k = k, .params = params};
     ptrdiff_t f = 0;
     do { /* one tile at least: without hidden units out is the bias */
-        up(&t, stage, rows, f, fb_min(FB_BLOCK, params->w1.n - f), workspace);
+        up(&t, x, rows, f, fb_min(FB_BLOCK, params->w1.n - f), workspace);
         down(&t, workspace, rows, f, 0, params->w2.n, out, 1, fb_at(workspace, rows * FB_ROW, k->size));
         f += FB_BLOCK;
     } while (f < params->w1.n);
@@ -80,8 +81,8 @@ static void rows_part(void *context, int thread, int part, int parts)
     ptrdiff_t i = t->rows * part / parts;
     for (ptrdiff_t rows; i < end; i += rows) {
         rows = fb_min(t->tile, end - i);
-        fb_stage(t->k, fb_at(t->x, i * t->x_row, size), t->x_row, rows, features, stage);
-        fb_feed_forward_rows(t->k, t->params, stage, rows, fb_at(t->out, i * features, size), stage + t->stage_bytes);
+        const fb_left x = fb_stage(t->k, fb_at(t->x, i * t->x_row, size), t->x_row, rows, features, t->params->w1.n, stage);
+        fb_feed_forward_rows(t->k, t->params, x, rows, fb_at(t->out, i * features, size), stage + t->stage_bytes);
     }
 }
 
@@ -93,7 +94,7 @@ static void up_part(void *context, int thread, int part, int parts)
     fb_columns_of(t->k, t->params->w1.n, part, parts, &f, &n);
     for (const ptrdiff_t end = f + n; f < end; f += step) {
         step = fb_min(FB_BLOCK - f % FB_BLOCK, end - f);
-        up(t, t->stage, t->rows, f, step, fb_at(t->hidden, f / FB_BLOCK * t->rows * FB_ROW + f % FB_BLOCK, t->k->size));
+        up(t, t->left, t->rows, f, step, fb_at(t->hidden, f / FB_BLOCK * t->rows * FB_ROW + f % FB_BLOCK, t->k->size));
     }
 }
 
@@ -136,7 +137,7 @@ fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *param
         fb_parallel(rows_part, &t, threads, parts);
         status = FB_OK;
     } else if (t.workspace && t.stage && t.hidden) {
-        fb_stage(k, x, x_row, rows, features, t.stage);
+        t.left = fb_stage(k, x, x_row, rows, features, hidden, t.stage);
         fb_parallel(up_part, &t, threads, fb_parts(threads, work / 2, hidden / k->panel));
         fb_parallel(down_part, &t, threads, threads);
         status = FB_OK;

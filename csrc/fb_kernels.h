@@ -66,6 +66,7 @@ struct fb_kernels {
     ptrdiff_t size;  /* bytes of an element */
     ptrdiff_t panel; /* columns of a panel: FB_PANEL_BYTES / size */
     ptrdiff_t lanes; /* elements of a vector */
+    ptrdiff_t direct; /* columns up to which a product reads A where it stands; with more, an A that is not staged is copied */
     void (*copy)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
     /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows on. */
     void (*pack)(const void *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel);
@@ -108,18 +109,24 @@ const struct fb_kernels *fb_kernels_in_use(fb_dtype dtype);
 /* fb_pack.c: 64-byte-aligned memory for rows x cols elements, NULL if that overflows or cannot be had; fb_free frees it */
 void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size);
 
-/* fb_matmul.c: a left operand A as the kernel wants it: its blocks of 256 k one after the other, rows x FB_ROW each.
- * fb_stage_rows: how many rows to take at a time, dealt out evenly; fb_stage_bytes: the size of that many. */
+/* fb_matmul.c: a left operand A as the kernel wants it. Staged (row is FB_ROW): its blocks of 256 k one after the other,
+ * rows x FB_ROW each; or, if it is one block and meets few columns, as it stands. fb_stage: A for a product of cols
+ * columns; fb_stage_rows: how many rows to take at a time, dealt out evenly; fb_stage_bytes: the size of that many. */
+typedef struct fb_left {
+    const void *at;
+    ptrdiff_t row;
+} fb_left;
 ptrdiff_t fb_stage_rows(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth);
 ptrdiff_t fb_stage_bytes(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth);
-void fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, void *stage);
+fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth,
+                 ptrdiff_t cols, void *stage);
 /* What becomes of the sums of a product: nothing; finish(sum, bias); that and relu. */
 typedef enum fb_ending { FB_SUMS = -1, FB_FINISH, FB_RELU } fb_ending;
-/* C (rows x cols) = A B, ended, where A is staged, rows <= FB_ROWS, and B is columns first_col ..
- * first_col + cols of a packed matrix; first_col is a multiple of the panel, bias starts at column first_col. One thread.
+/* C (rows x cols) = A B, ended, where rows <= FB_ROWS, and B is columns first_col .. first_col + cols of a packed matrix;
+ * first_col is a multiple of the panel, bias starts at column first_col. One thread.
  * wanted: of fb_product, counted in columns of B, or NULL. totals: scratch for FB_ROWS x FB_ROW elements, or NULL if C
  * itself is a good place for them. */
-void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
+void fb_matmul(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
                ptrdiff_t cols, const void *bias, fb_ending ending, const ptrdiff_t *wanted, void *c, ptrdiff_t c_row,
                void *totals);
 /* The same for all columns, on all threads: C has b->n columns. */
@@ -134,7 +141,7 @@ ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t
 void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
                  ptrdiff_t positions, ptrdiff_t features, void *out, ptrdiff_t out_row, void *workspace);
 ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows);
-void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, const void *stage, ptrdiff_t rows,
+void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows,
                           void *out, void *workspace);
 /* fb_attention.c: fb_attention_weights; stream: out is too large to be found in a cache later. */
 fb_status fb_attend(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,

@@ -360,9 +360,10 @@ FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
     }
 }
 
-/* A copy of A that few panels read is not worth its time, though the tile then needs more registers for the rows: 12 x 128
- * x 64 1.06 times as fast without, 12 x 512 x 64 causal 1.06 to 1.14, 128 x 16 1.15, 128 x 128 1.02; 128 x 256 0.83 to
- * 0.95, 512 x 768 0.95. */
+/* A copy of A that few panels read is not worth its time, though the tile then needs more registers for the rows: mixing 12 x
+ * 128 x 64 1.06 times as fast without, 12 x 512 x 64 causal 1.06 to 1.14, 128 x 16 1.15, 128 x 128 1.02; 128 x 256 0.83 to
+ * 0.95, 512 x 768 0.95; attention weights from 64 features 12 x 128 1.04, causal 1.05. Not better: fetches of the rows of the
+ * next tile, during the first panel (0.9 to 1). */
 static void FN(product)(const fb_product *g)
 {
     if (FB_DIRECT_PANELS && g->a_row != FB_ROW && g->cols <= FB_DIRECT_PANELS * PANEL)
@@ -1003,6 +1004,7 @@ static const struct fb_kernels FN(kernels) = {
     .size = sizeof(REAL),
     .panel = FB_PANEL_BYTES / sizeof(REAL),
     .lanes = LANES,
+    .direct = FB_DIRECT_PANELS * (FB_PANEL_BYTES / sizeof(REAL)),
     .copy = FN(copy),
     .pack = FN(pack),
     .pack_rows = FN(pack_rows),

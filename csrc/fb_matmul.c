@@ -45,14 +45,18 @@ ptrdiff_t fb_stage_bytes(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t d
     return rows * row_bytes(k, depth);
 }
 
-void fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, void *stage)
+fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth,
+                 ptrdiff_t cols, void *stage)
 {
+    if (depth <= FB_BLOCK && cols <= k->direct)
+        return (fb_left){a, a_row};
     for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_BLOCK)
         k->copy(fb_at(a, k0, k->size), a_row, rows, fb_min(FB_BLOCK, depth - k0),
                 fb_at(stage, k0 / FB_BLOCK * rows * FB_ROW, k->size), FB_ROW);
+    return (fb_left){stage, FB_ROW};
 }
 
-void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
+void fb_matmul(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
                ptrdiff_t cols, const void *bias, fb_ending ending, const ptrdiff_t *wanted, void *c, ptrdiff_t c_row,
                void *totals)
 {
@@ -62,8 +66,8 @@ void fb_matmul(const struct fb_kernels *k, const void *stage, ptrdiff_t rows, co
         do { /* loop 4: one block at least, so that an empty sum is +0.0 */
             const ptrdiff_t depth = fb_min(FB_BLOCK, b->k - k0);
             k->product(&(fb_product){
-                .a = fb_at(stage, k0 / FB_BLOCK * rows * FB_ROW, k->size),
-                .a_row = FB_ROW,
+                .a = fb_at(a.at, k0 / FB_BLOCK * rows * FB_ROW, k->size),
+                .a_row = a.row,
                 .b = fb_at(b->data, k0 * padded + (first_col + j) * depth, k->size),
                 .bias = bias ? fb_at(bias, j, k->size) : NULL,
                 .c = fb_at(c, j, k->size),
@@ -162,8 +166,8 @@ static void project_part(void *context, int thread, int part, int parts)
     }
     for (ptrdiff_t rows; i < end; i += rows) { /* loop 3 */
         rows = fb_min(t->tile, end - i);
-        fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, stage);
-        fb_matmul(t->k, stage, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL, t->ending,
+        const fb_left x = fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, cols, stage);
+        fb_matmul(t->k, x, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL, t->ending,
                   NULL, fb_at(t->out, i * w->n + first, size), w->n, totals);
     }
 }
