@@ -15,9 +15,10 @@
 enum {
     FB_BLOCK = 256,      /* the contract's block of k, and the depth of one pass of the matmul kernel */
     FB_PANEL_BYTES = 64, /* a panel is 16 float or 8 double columns: one cache line a k, in every tier */
-    /* Rows of A in a product at most, and positions of a tile: 192 x 256 float are 192 KB, in a 512 KB L2. Measured at
-     * 128 and 512 x 768 -> 3072: 96 rows up to 13 % slower, for each tile reads all weights; 288 rows no faster. */
-    FB_ROWS = 192,
+    /* Rows of A in a product at most, and positions of a tile: 128 x 256 float are 128 KB, in a 512 KB L2. Measured at 512
+     * and 2048 x 768 -> 3072: 192 rows take 1.01 to 1.03 times as long (float64 1.01 to 1.05), 256 1.05; 96 rows the same, but
+     * 1.08 at 97 % zeros, 64 rows 1.1, for each tile reads all weights. */
+    FB_ROWS = 128,
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 4 panels of B are 16 KB, at home in L1 */
     FB_STEP = 4,         /* nonzeros taken at a time: their offsets are one word, their values one vector */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */

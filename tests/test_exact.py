@@ -1,6 +1,6 @@
 """Every operation on every tier, in both dtypes, returns the bytes of the reference.
 
-Sizes straddle every edge of the tiles: rows come in tiles of up to 14 (and row blocks of 96 and 192), columns in panels
+Sizes straddle every edge of the tiles: rows come in tiles of up to 14 (and row blocks of 128), columns in panels
 of 16 or 8 and groups of 48 or 96, sums in blocks of 256 and sub-blocks of 64. An element of a product depends on one
 row, one column and the depth only, so the reference computes the largest product once for each depth, and every
 smaller one is a corner of it. The fast tiers meet the full product of all three lists; the portable tier, whose
@@ -16,7 +16,7 @@ from adversarial import INPUT_CLASSES, fma_sets, generator
 import fastblock
 from fastblock import _core, reference
 
-ROWS = [*range(10), *range(11, 18), 27, 28, 29, 95, 96, 97, 191, 192, 193]
+ROWS = [*range(10), *range(11, 18), 27, 28, 29, 95, 96, 97, 127, 128, 129]
 COLUMNS = [0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 95, 96, 97]
 DEPTHS = [0, 1, 2, 63, 64, 65, 255, 256, 257, 511, 512, 513, 768, 1025]
 POSITIONS = sorted({*ROWS, 63, 64, 65, 255, 256, 257})  # where they are both rows and depth

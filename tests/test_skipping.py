@@ -102,7 +102,7 @@ def patterns(rng, rows, columns):
     yield "a triangle", column <= row * columns // rows
 
 
-# ---- feed-forward: hidden activations in tiles of at most 192 rows x 256 units
+# ---- feed-forward: hidden activations in tiles of at most 128 rows x 256 units
 
 
 def hidden_layer(pattern, positions, features, rng, dtype):
@@ -115,7 +115,7 @@ def hidden_layer(pattern, positions, features, rng, dtype):
 
 
 # Few rows, one tile and several; from 1 panel of columns to 14, the last full or not; last blocks full or not; large w2
-HIDDEN_SIZES = [(1, 221, 321), (3, 130, 512), (8, 60, 321), (50, 123, 321), (123, 41, 531), (195, 16, 512)]
+HIDDEN_SIZES = [(1, 221, 321), (3, 130, 512), (8, 60, 321), (50, 123, 321), (123, 41, 531), (131, 24, 512)]
 LARGE_HIDDEN_SIZES = [(1, 1030, 530), (3, 1040, 768), (13, 1031, 520)]
 
 
@@ -173,7 +173,7 @@ def test_activations_that_are_not_finite(positions, features, density, dtype, de
         same_on(dense(h, w2), lambda b=block: b.feed_forward(x), f"NaN: {nan}", portable=density == 0.5)
 
 
-# ---- mix_positions: blocks of 256 positions, at most 192 rows and 1024 columns at a time
+# ---- mix_positions: blocks of 256 positions, at most 128 rows and 1024 columns at a time
 
 MIX_SIZES = [(36, 32), (60, 8), (100, 5), (300, 8), (333, 17), (200, 49), (600, 3), (70, 1030)]
 
@@ -235,7 +235,7 @@ def test_attention_weights_that_are_not_finite(positions, features, dtype, dense
         same_on(want, lambda w=weights: fastblock.mix_positions(w, x), f"{density}", portable=density == 0.5)
 
 
-# ---- the block: mixed positions in tiles of at most 192 rows
+# ---- the block: mixed positions in tiles of at most 128 rows
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ for n in positions:
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures memory in /proc")
 @pytest.mark.parametrize(
     ("threads", "positions"),
-    [(1, (1, 2048, 8192)), (2, (95, 96, 2048)), (8, (383, 384)), (32, (192, 1535))],
+    [(1, (1, 2048, 8192)), (2, (95, 96, 2048)), (8, (383, 384)), (32, (128, 1535))],
     ids=["1", "2", "8", "32"],
 )
 def test_workspace_of_a_feed_forward(threads, positions, dtype):
