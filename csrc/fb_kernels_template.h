@@ -201,13 +201,14 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrd
  * 21 instructions a k took 1.25 times as long (rows a variable distance apart; fetches of the next rows of A).
  * Not better: the same lines in bursts between the tiles (6 to 16 rows 1.2 to 1.3 times as long), every second line
  * (1.5 times), a line every second k (1.05 times), to L1 (the same), all lines in the first of two tiles (1.03); both
- * halves of the panel at once (7 to 12 rows 0.9 to 1, in float64 0.83, but 6 and 16 rows 1.02 to 1.13), in every strip two
- * lines 8 apart (1.1 to 1.2).
+ * halves of the panel at once (7 to 12 rows 0.9 to 1 on one day, 1.03 to 1.1 on another, 6 and 16 rows 1.02 to 1.13), in
+ * every strip two lines 8 apart (1.1 to 1.2).
  * Not better: 3 rows x 2 panels with operands in memory, 17.5 instead of 21.5 instructions a k (0.95: loads); k in one
  * loop of 4 instead of strips (gcc then moves accumulators: 0.8).
  * Not better either: 150 instead of 290 instructions at the ends of a tile (a function a tile height that walks down the
  * rows; NaN looked for in the sum of all vectors): 0.99 to 1.02, and 16 rows at depth 64 1.07 times as long. The ends
- * overlap with the neighbouring tiles. 8 rows as 5 + 3 instead of 4 + 4: 1.2 times as long. */
+ * overlap with the neighbouring tiles: a tile of 6 rows takes 6.05 cycles a k and 48 more, 25 to 30 with nothing at its end
+ * but stores; finish and relu in 3 instead of 5 operations 1 to 1.02. 8 rows as 5 + 3 instead of 4 + 4: 1.2. */
 FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, const REAL *a, ptrdiff_t a_row,
                         const REAL *b, ptrdiff_t left, const REAL *bias, const FN(place) at, ptrdiff_t fetch, ptrdiff_t fetches)
 {
