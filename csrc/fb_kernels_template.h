@@ -203,8 +203,9 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrd
  * (1.5 times), a line every second k (1.05 times), to L1 (the same), all lines in the first of two tiles (1.03); both
  * halves of the panel at once (7 to 12 rows 0.9 to 1 on one day, 1.03 to 1.1 on another, 6 and 16 rows 1.02 to 1.13), in
  * every strip two lines 8 apart (1.1 to 1.2).
- * Not better: 3 rows x 2 panels with operands in memory, 17.5 instead of 21.5 instructions a k (0.95: loads); k in one
- * loop of 4 instead of strips (gcc then moves accumulators: 0.8).
+ * Not better: 3 rows x 2 panels with operands in memory, 17.5 instead of 21.5 instructions a k (0.95: loads), or without
+ * (from L1 1.03 beside a second thread, 1 else; but 2 panels fit into L1 in halves of k only, with twice as many ends); k in
+ * one loop of 4 instead of strips (gcc then moves accumulators: 0.8).
  * Not better either: 150 instead of 290 instructions at the ends of a tile (a function a tile height that walks down the
  * rows; NaN looked for in the sum of all vectors): 0.99 to 1.02, and 16 rows at depth 64 1.07 times as long. The ends
  * overlap with the neighbouring tiles: a tile of 6 rows takes 6.05 cycles a k and 48 more, 25 to 30 with nothing at its end
