@@ -418,17 +418,11 @@ static void FN(compress)(const void *a_, ptrdiff_t a_row, ptrdiff_t rows, ptrdif
                 v += x != 0;
                 offset += x != 0;
             }
-            const ptrdiff_t n = v - value;
-            if (FB_LIKELY(n <= out->slice - FB_STEP)) { /* more zeros than are needed, for that is hard to predict */
-                memset(v, 0, FB_STEP * sizeof *v);
-                memset(offset, 0, FB_STEP * sizeof *offset);
-            } else {
-                for (; (v - value) % FB_STEP; v++, offset++) {
-                    *v = 0;
-                    *offset = 0;
-                }
+            for (; (v - value) % FB_STEP; v++, offset++) {
+                *v = 0;
+                *offset = 0;
             }
-            out->count[slice * rows + i] = (uint16_t)((n + FB_STEP - 1) / FB_STEP);
+            out->count[slice * rows + i] = (uint16_t)((v - value) / FB_STEP);
         }
     }
 }
