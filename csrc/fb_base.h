@@ -75,37 +75,16 @@ FB_INLINE void fb_pause(void)
 #endif
 }
 
-FB_INLINE int fb_popcount(unsigned x)
-{
+/* How many bits x has, and of one that is not 0 the number of the lowest and of the highest. */
 #if defined(_MSC_VER) && !defined(__clang__)
-    return (int)__popcnt(x);
+FB_INLINE int fb_popcount(unsigned x) { return (int)__popcnt(x); }
+FB_INLINE int fb_lowest_bit(unsigned x) { unsigned long bit; return _BitScanForward(&bit, x), (int)bit; }
+FB_INLINE int fb_highest_bit(unsigned x) { unsigned long bit; return _BitScanReverse(&bit, x), (int)bit; }
 #else
-    return __builtin_popcount(x);
+FB_INLINE int fb_popcount(unsigned x) { return __builtin_popcount(x); }
+FB_INLINE int fb_lowest_bit(unsigned x) { return __builtin_ctz(x); }
+FB_INLINE int fb_highest_bit(unsigned x) { return 31 - __builtin_clz(x); }
 #endif
-}
-
-/* The number of the lowest and of the highest bit of x, which is not 0. */
-FB_INLINE int fb_lowest_bit(unsigned x)
-{
-#if defined(_MSC_VER) && !defined(__clang__)
-    unsigned long bit;
-    _BitScanForward(&bit, x);
-    return (int)bit;
-#else
-    return __builtin_ctz(x);
-#endif
-}
-
-FB_INLINE int fb_highest_bit(unsigned x)
-{
-#if defined(_MSC_VER) && !defined(__clang__)
-    unsigned long bit;
-    _BitScanReverse(&bit, x);
-    return (int)bit;
-#else
-    return 31 - __builtin_clz(x);
-#endif
-}
 
 /* Four numbers of 16 bits in one load, the first in the lowest bits. */
 FB_INLINE uint64_t fb_load_offsets(const uint16_t *p)
