@@ -87,10 +87,25 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
     char *queries = (char *)scores + t->scores_bytes, *stage = queries + t->queries_bytes;
     const fb_left x = fb_stage(k, fb_at(t->x, (b * t->positions + i) * w_q->k, size), w_q->k, rows, w_q->k, width, stage);
     for (ptrdiff_t e = 0; e < width; e += FB_BLOCK)
-        fb_matmul(k, x, rows, w_q, e, fb_min(FB_BLOCK, width - e), b_q ? fb_at(b_q, e, size) : NULL, FB_FINISH,
-                  NULL, fb_at(queries, e * rows / FB_BLOCK * FB_ROW, size), FB_ROW, NULL);
-    fb_matmul(k, (fb_left){queries, FB_ROW}, rows, &t->packed[b], 0, seen, NULL, FB_SUMS, t->causal ? count : NULL,
-              scores, t->scores_row, NULL);
+        fb_matmul(k, &(fb_product){
+            .a = x.at,
+            .a_row = x.row,
+            .bias = b_q ? fb_at(b_q, e, size) : NULL,
+            .c = fb_at(queries, e * rows / FB_BLOCK * FB_ROW, size),
+            .c_row = FB_ROW,
+            .rows = rows,
+            .cols = fb_min(FB_BLOCK, width - e),
+            .first_col = e,
+        }, w_q, FB_FINISH);
+    fb_matmul(k, &(fb_product){
+        .a = queries,
+        .a_row = FB_ROW,
+        .c = scores,
+        .c_row = t->scores_row,
+        .rows = rows,
+        .cols = seen,
+        .wanted = t->causal ? count : NULL,
+    }, &t->packed[b], FB_SUMS);
     if (allowed == t->positions) {
         k->softmax(scores, t->scores_row, out, t->positions, rows, t->positions, count, ends, t->scale, t->stream);
         return;

@@ -25,9 +25,16 @@ typedef struct feed_forward {
 static void up(const feed_forward *t, fb_left x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
 {
     const void *b1 = t->params->b1;
-    n = fb_round_up(n, t->k->panel);
-    fb_matmul(t->k, x, rows, &t->params->w1, f, n, b1 ? fb_at(b1, f, t->k->size) : NULL, FB_RELU, NULL, h, FB_ROW,
-              NULL);
+    fb_matmul(t->k, &(fb_product){
+        .a = x.at,
+        .a_row = x.row,
+        .bias = b1 ? fb_at(b1, f, t->k->size) : NULL,
+        .c = h,
+        .c_row = FB_ROW,
+        .rows = rows,
+        .cols = fb_round_up(n, t->k->panel),
+        .first_col = f,
+    }, &t->params->w1, FB_RELU);
 }
 
 /* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with b2 */

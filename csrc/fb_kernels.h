@@ -16,8 +16,8 @@ enum {
     FB_BLOCK = 256,      /* the contract's block of k, and the depth of one pass of the matmul kernel */
     FB_PANEL_BYTES = 64, /* a panel is 16 float or 8 double columns: one cache line a k, in every tier */
     /* Rows of A in a product at most, and positions of a tile: 128 x 256 float are 128 KB, in a 512 KB L2. Measured at 512
-     * and 2048 x 768 -> 3072: 192 rows take 1.01 to 1.03 times as long (float64 1.01 to 1.05), 256 1.05; 96 rows the same, but
-     * 1.08 at 97 % zeros, 64 rows 1.1, for each tile reads all weights. */
+     * and 2048 x 768 -> 3072: 192 rows take 1.01 to 1.03 times as long (float64 1.01 to 1.05), 256 some 1.03 to 1.06; 96 the
+     * same, but at 97 % zeros 1.03 to 1.08, 64 rows 1.1 to 1.14, for each tile reads all weights. */
     FB_ROWS = 128,
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 4 panels of B are 16 KB, at home in L1 */
     FB_STEP = 4,         /* nonzeros taken at a time: their offsets are one word, their values one vector */
@@ -123,13 +123,11 @@ fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptr
                  ptrdiff_t cols, void *stage);
 /* What becomes of the sums of a product: nothing; finish(sum, bias); that and relu. */
 typedef enum fb_ending { FB_SUMS = -1, FB_FINISH, FB_RELU } fb_ending;
-/* C (rows x cols) = A B, ended, where rows <= FB_ROWS, and B is columns first_col .. first_col + cols of a packed matrix;
- * first_col is a multiple of the panel, bias starts at column first_col. One thread.
- * wanted: of fb_product, counted in columns of B, or NULL. totals: scratch for FB_ROWS x FB_ROW elements, or NULL if C
- * itself is a good place for them. */
-void fb_matmul(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
-               ptrdiff_t cols, const void *bias, fb_ending ending, const ptrdiff_t *wanted, void *c, ptrdiff_t c_row,
-               void *totals);
+/* C (rows x cols) = A B, ended, where B is columns first_col .. first_col + cols of a packed matrix and first_col is a
+ * multiple of the panel. One thread. Of the product, these matter: a, a_row as fb_stage says; bias, from column first_col
+ * on; c, c_row; t, scratch for FB_ROWS x FB_ROW elements, NULL if C itself is a good place for the totals; rows, at most
+ * FB_ROWS; cols; first_col; wanted. */
+void fb_matmul(const struct fb_kernels *k, const fb_product *whole, const fb_panels *b, fb_ending ending);
 /* The same for all columns, on all threads: C has b->n columns. */
 fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
                           const void *bias, fb_ending ending, void *out);

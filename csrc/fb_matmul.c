@@ -56,33 +56,26 @@ fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptr
     return (fb_left){stage, FB_ROW};
 }
 
-void fb_matmul(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_panels *b, ptrdiff_t first_col,
-               ptrdiff_t cols, const void *bias, fb_ending ending, const ptrdiff_t *wanted, void *c, ptrdiff_t c_row,
-               void *totals)
+void fb_matmul(const struct fb_kernels *k, const fb_product *whole, const fb_panels *b, fb_ending ending)
 {
     const ptrdiff_t padded = fb_round_up(b->n, k->panel);
-    for (ptrdiff_t j = 0; j < cols; j += COLUMNS) { /* loop 5 */
+    for (ptrdiff_t j = 0; j < whole->cols; j += COLUMNS) { /* loop 5 */
+        fb_product g = *whole;
+        g.bias = whole->bias ? fb_at(whole->bias, j, k->size) : NULL;
+        g.c = fb_at(whole->c, j, k->size);
+        g.t = whole->t ? whole->t : g.c;
+        g.t_row = whole->t ? FB_ROW : g.c_row;
+        g.cols = fb_min(COLUMNS, whole->cols - j);
+        g.first_col += j;
+        g.relu = ending == FB_RELU;
         ptrdiff_t k0 = 0;
         do { /* loop 4: one block at least, so that an empty sum is +0.0 */
-            const ptrdiff_t depth = fb_min(FB_BLOCK, b->k - k0);
-            k->product(&(fb_product){
-                .a = fb_at(a.at, k0 / FB_BLOCK * rows * FB_ROW, k->size),
-                .a_row = a.row,
-                .b = fb_at(b->data, k0 * padded + (first_col + j) * depth, k->size),
-                .bias = bias ? fb_at(bias, j, k->size) : NULL,
-                .c = fb_at(c, j, k->size),
-                .c_row = c_row,
-                .t = totals ? totals : fb_at(c, j, k->size),
-                .t_row = totals ? FB_ROW : c_row,
-                .rows = rows,
-                .cols = fb_min(COLUMNS, cols - j),
-                .depth = depth,
-                .first = k0 == 0,
-                .last = k0 + depth == b->k && ending != FB_SUMS,
-                .relu = ending == FB_RELU,
-                .wanted = wanted,
-                .first_col = first_col + j,
-            });
+            g.depth = fb_min(FB_BLOCK, b->k - k0);
+            g.a = fb_at(whole->a, k0 / FB_BLOCK * g.rows * FB_ROW, k->size);
+            g.b = fb_at(b->data, k0 * padded + g.first_col * g.depth, k->size);
+            g.first = k0 == 0;
+            g.last = k0 + g.depth == b->k && ending != FB_SUMS;
+            k->product(&g);
             k0 += FB_BLOCK;
         } while (k0 < b->k);
     }
@@ -167,8 +160,17 @@ static void project_part(void *context, int thread, int part, int parts)
     for (ptrdiff_t rows; i < end; i += rows) { /* loop 3 */
         rows = fb_min(t->tile, end - i);
         const fb_left x = fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, cols, stage);
-        fb_matmul(t->k, x, rows, w, first, cols, t->bias ? fb_at(t->bias, first, size) : NULL, t->ending,
-                  NULL, fb_at(t->out, i * w->n + first, size), w->n, totals);
+        fb_matmul(t->k, &(fb_product){
+            .a = x.at,
+            .a_row = x.row,
+            .bias = t->bias ? fb_at(t->bias, first, size) : NULL,
+            .c = fb_at(t->out, i * w->n + first, size),
+            .c_row = w->n,
+            .t = totals,
+            .rows = rows,
+            .cols = cols,
+            .first_col = first,
+        }, w, t->ending);
     }
 }
 
