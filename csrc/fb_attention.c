@@ -15,21 +15,14 @@ enum {
     STREAMED = 8 << 20 /* bytes of all weights from which on they go past the caches (12 x 512 x 512: 1.07 times as fast) */
 };
 
-typedef struct attention_task {
-    const struct fb_kernels *k;
-    const fb_params *params;
-    ptrdiff_t batch, positions, tile, tiles, scores_row; /* tiles of each batch item */
-    const uint8_t *key_mask;
-    int causal, stream;
+typedef struct attention_job {
+    const fb_attending *a;
+    ptrdiff_t tile, tiles, scores_row; /* tiles of each batch item */
     double scale;
-    const char *x;          /* (batch, P, D) */
-    char *keys, *out;       /* (batch, P, E), (batch, P, P) */
-    fb_panels *packed;      /* of each batch item: its allowed keys */
-    ptrdiff_t *key, *ends;  /* of each batch item: the numbers of its allowed keys, and where the blocks end */
-    char *workspace;        /* of each thread: scores, queries as staged, positions as staged */
-    ptrdiff_t workspace_bytes, scores_bytes, queries_bytes;
-    fb_status *status; /* of each thread */
-} attention_task;
+    char *keys;            /* (batch, P, E) */
+    fb_panels *packed;     /* of each batch item: its allowed keys */
+    ptrdiff_t *key, *ends; /* of each batch item: the numbers of its allowed keys, and where the blocks end */
+} attention_job;
 
 static ptrdiff_t blocks_of(ptrdiff_t positions)
 {
@@ -37,13 +30,14 @@ static ptrdiff_t blocks_of(ptrdiff_t positions)
 }
 
 /* Pass 2, one batch item: drop the masked keys and pack the others. ends[i]: how many have a number < 256 (i + 1). */
-static fb_status pack_keys(const attention_task *t, ptrdiff_t b)
+static void pack_keys(const attention_job *t, ptrdiff_t b)
 {
-    const ptrdiff_t width = t->params->w_k.n, size = t->k->size;
-    const uint8_t *mask = t->key_mask ? t->key_mask + b * t->positions : NULL;
-    ptrdiff_t *key = t->key + b * t->positions, *ends = t->ends + b * blocks_of(t->positions), n = 0;
-    char *keys = fb_at(t->keys, b * t->positions * width, size);
-    for (ptrdiff_t j = 0; j < t->positions; j++) {
+    const fb_attending *a = t->a;
+    const ptrdiff_t positions = a->positions, width = a->params->w_k.n, size = a->k->size;
+    const uint8_t *mask = a->key_mask ? a->key_mask + b * positions : NULL;
+    ptrdiff_t *key = t->key + b * positions, *ends = t->ends + b * blocks_of(positions), n = 0;
+    char *keys = fb_at(t->keys, b * positions * width, size);
+    for (ptrdiff_t j = 0; j < positions; j++) {
         if (!mask || mask[j]) {
             if (n != j)
                 memcpy(fb_at(keys, n * width, size), fb_at(keys, j * width, size), (size_t)(width * size));
@@ -53,30 +47,37 @@ static fb_status pack_keys(const attention_task *t, ptrdiff_t b)
             *ends++ = n;
     }
     *ends = PTRDIFF_MAX; /* the open last block */
-    return fb_panels_pack(t->params->dtype, keys, n, width, width, &t->packed[b]);
+    t->packed[b].n = n;
+    fb_panels_fill(a->k, keys, width, &t->packed[b]);
 }
 
-static void pack_part(void *context, int thread, int part, int parts)
+static ptrdiff_t pack_part(const void *job, fb_arena arena, int part, int parts)
 {
-    const attention_task *t = context;
-    for (ptrdiff_t b = part; b < t->batch; b += parts)
-        if (pack_keys(t, b))
-            t->status[thread] = FB_NO_MEMORY;
+    const attention_job *t = job;
+    for (ptrdiff_t b = part; arena.memory && b < t->a->batch; b += parts)
+        pack_keys(t, b);
+    return arena.used;
 }
 
 /* Pass 3, one tile of queries: the queries, scores of the keys they may see, neither finished nor scaled (see
  * softmax), and softmax. */
-static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *scores)
+static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_arena arena)
 {
-    const struct fb_kernels *k = t->k;
-    const fb_panels *w_q = &t->params->w_q;
-    const void *b_q = t->params->b_q;
-    const ptrdiff_t size = k->size, width = w_q->n, rows = fb_min(t->tile, t->positions - i);
-    const ptrdiff_t *key = t->key + b * t->positions, *ends = t->ends + b * blocks_of(t->positions);
+    const fb_attending *a = t->a;
+    const struct fb_kernels *k = a->k;
+    const fb_panels *w_q = &a->params->w_q;
+    const void *b_q = a->params->b_q;
+    const ptrdiff_t positions = a->positions, size = k->size, width = w_q->n, rows = fb_min(t->tile, positions - i);
+    void *scores = fb_take(&arena, fb_bytes(fb_round_up(t->tile, FB_SOFTMAX_ROWS), t->scores_row, size));
+    void *queries = fb_take(&arena, fb_stage_bytes(k, t->tile, width));
+    void *stage = fb_take(&arena, fb_stage_bytes(k, t->tile, w_q->k));
+    if (!arena.memory)
+        return arena.used;
+    const ptrdiff_t *key = t->key + b * positions, *ends = t->ends + b * blocks_of(positions);
     const ptrdiff_t allowed = t->packed[b].n;
-    char *out = fb_at(t->out, (b * t->positions + i) * t->positions, size);
+    char *out = fb_at(a->out, (b * positions + i) * positions, size);
     ptrdiff_t count[QUERIES], seen = allowed;
-    if (t->causal)
+    if (a->causal)
         for (seen = fb_min(allowed, i); seen > 0 && key[seen - 1] >= i;)
             seen--;
     for (ptrdiff_t r = 0; r < rows; r++) {
@@ -84,8 +85,7 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
             seen++;
         count[r] = seen;
     }
-    char *queries = (char *)scores + t->scores_bytes, *stage = queries + t->queries_bytes;
-    const fb_left x = fb_stage(k, fb_at(t->x, (b * t->positions + i) * w_q->k, size), w_q->k, rows, w_q->k, width, stage);
+    const fb_left x = fb_stage(k, fb_at(a->x, (b * positions + i) * w_q->k, size), w_q->k, rows, w_q->k, width, stage);
     for (ptrdiff_t e = 0; e < width; e += FB_BLOCK)
         fb_matmul(k, &(fb_product){
             .a = x.at,
@@ -104,81 +104,71 @@ static void weigh(const attention_task *t, ptrdiff_t b, ptrdiff_t i, void *score
         .c_row = t->scores_row,
         .rows = rows,
         .cols = seen,
-        .wanted = t->causal ? count : NULL,
+        .wanted = a->causal ? count : NULL,
     }, &t->packed[b], FB_SUMS);
-    if (allowed == t->positions) {
-        k->softmax(scores, t->scores_row, out, t->positions, rows, t->positions, count, ends, t->scale, t->stream);
-        return;
+    if (allowed == positions) {
+        k->softmax(scores, t->scores_row, out, positions, rows, positions, count, ends, t->scale, a->stream);
+        return arena.used;
     }
     k->softmax(scores, t->scores_row, scores, t->scores_row, rows, allowed, count, ends, t->scale, 0);
-    memset(out, 0, (size_t)(rows * t->positions * size));
+    memset(out, 0, (size_t)(rows * positions * size));
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t j = 0; j < count[r]; j++)
-            memcpy(fb_at(out, r * t->positions + key[j], size), fb_at(scores, r * t->scores_row + j, size), (size_t)size);
+            memcpy(fb_at(out, r * positions + key[j], size), fb_at(scores, r * t->scores_row + j, size), (size_t)size);
+    return arena.used;
 }
 
 /* Every parts-th tile: with causal the later ones are longer. */
-static void weigh_part(void *context, int thread, int part, int parts)
+static ptrdiff_t weigh_part(const void *job, fb_arena arena, int part, int parts)
 {
-    const attention_task *t = context;
-    for (ptrdiff_t n = part; n < t->batch * t->tiles; n += parts)
-        weigh(t, n / t->tiles, n % t->tiles * t->tile, t->workspace + thread * t->workspace_bytes);
+    const attention_job *t = job;
+    if (!arena.memory)
+        return weigh(t, 0, 0, arena);
+    for (ptrdiff_t n = part; n < t->a->batch * t->tiles; n += parts)
+        weigh(t, n / t->tiles, n % t->tiles * t->tile, arena);
+    return arena.used;
 }
 
-fb_status fb_attend(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
-                    const uint8_t *key_mask, void *out, int stream)
+ptrdiff_t fb_attend(const void *attending, fb_arena arena)
 {
-    const struct fb_kernels *k = fb_kernels_in_use(params->dtype);
-    const ptrdiff_t width = params->w_q.n, features = params->w_q.k, rows = batch * positions;
+    const fb_attending *a = attending;
+    const struct fb_kernels *k = a->k;
+    const fb_params *params = a->params;
+    const ptrdiff_t batch = a->batch, positions = a->positions, rows = batch * positions;
+    const ptrdiff_t width = params->w_q.n, features = params->w_q.k, padded = fb_round_up(positions, k->panel);
     if (rows == 0)
-        return FB_OK;
+        return arena.used;
     const double root = 1.0 / sqrt((double)width);
     const double work = (double)rows * ((double)positions * (double)(width + 32) + 2.0 * (double)width * (double)features);
-    const int threads = fb_threads(work, rows);
-    attention_task t = {.k = k, .params = params, .x = x, .batch = batch, .positions = positions, .key_mask = key_mask,
-                        .causal = causal, .stream = stream, .scale = params->dtype == FB_F32 ? (float)root : root, .out = out};
-    fb_status status = FB_NO_MEMORY, thread_status[FB_MAX_THREADS] = {FB_OK};
-    t.status = thread_status;
-    t.scores_row = fb_round_up(positions, k->panel) + k->panel; /* not a power of two: rows in different cache sets */
+    const int threads = fb_threads(arena, work, rows);
+    attention_job t = {.a = a, .scale = params->dtype == FB_F32 ? (float)root : root};
+    t.scores_row = padded + k->panel; /* not a power of two: rows in different cache sets */
     t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * k->size)), (rows + threads - 1) / threads));
     t.tile = fb_min(t.tile, fb_stage_rows(k, t.tile, features));
     t.tiles = (positions + t.tile - 1) / t.tile;
-    t.scores_bytes = fb_round_up(t.tile, FB_SOFTMAX_ROWS) * t.scores_row * k->size;
-    t.queries_bytes = fb_round_up(fb_stage_bytes(k, t.tile, width), 64);
-    t.workspace_bytes = fb_round_up(t.scores_bytes + t.queries_bytes + fb_stage_bytes(k, t.tile, features), 64);
-    t.keys = fb_alloc(rows, width, k->size);
-    t.packed = fb_alloc(batch, 1, sizeof *t.packed);
-    t.key = fb_alloc(rows, 1, sizeof *t.key);
-    t.ends = fb_alloc(batch, blocks_of(positions), sizeof *t.ends);
-    t.workspace = fb_alloc(threads, t.workspace_bytes, 1);
-    if (t.keys && t.packed && t.key && t.ends && t.workspace) {
-        fb_fp_mode mode = fb_fp_enter();
-        memset(t.packed, 0, (size_t)batch * sizeof *t.packed);
-        /* 1. keys */
-        status = fb_project_rows(k, x, rows, &params->w_k, params->b_k, FB_FINISH, t.keys);
-        /* 2. the allowed keys, packed */
-        if (status == FB_OK)
-            fb_parallel(pack_part, &t, threads, (int)fb_min(threads, batch));
-        for (int i = 0; i < threads; i++)
-            status = thread_status[i] ? thread_status[i] : status;
-        /* 3. queries, scores and softmax */
-        if (status == FB_OK)
-            fb_parallel(weigh_part, &t, threads, fb_parts(threads, work, batch * t.tiles));
-        fb_fp_leave(mode);
-        for (ptrdiff_t b = 0; b < batch; b++)
-            fb_panels_free(&t.packed[b]);
-    }
-    fb_free(t.workspace);
-    fb_free(t.ends);
-    fb_free(t.key);
-    fb_free(t.packed);
-    fb_free(t.keys);
-    return status;
+    t.keys = fb_take(&arena, fb_bytes(rows, width, k->size));
+    t.packed = fb_take(&arena, fb_bytes(batch, 1, sizeof *t.packed));
+    t.key = fb_take(&arena, fb_bytes(rows, 1, sizeof *t.key));
+    t.ends = fb_take(&arena, fb_bytes(batch, blocks_of(positions), sizeof *t.ends));
+    char *panels = fb_take(&arena, fb_bytes(batch * padded, width, k->size));
+    for (ptrdiff_t b = 0; arena.memory && b < batch; b++)
+        t.packed[b] = (fb_panels){.data = fb_at(panels, b * padded * width, k->size), .k = width};
+    /* 1. keys */
+    ptrdiff_t used = fb_project_rows(&(fb_projection){
+        .k = k, .x = a->x, .rows = rows, .w = &params->w_k, .bias = params->b_k, .ending = FB_FINISH, .out = t.keys,
+    }, arena);
+    /* 2. the allowed keys, packed */
+    used = fb_max(used, fb_run(pack_part, &t, threads, (int)fb_min(threads, batch), arena));
+    /* 3. queries, scores and softmax */
+    return fb_max(used, fb_run(weigh_part, &t, threads, fb_parts(threads, work, batch * t.tiles), arena));
 }
 
 fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
                                const uint8_t *key_mask, void *out)
 {
-    const ptrdiff_t size = fb_kernels_in_use(params->dtype)->size;
-    return fb_attend(params, batch, x, positions, causal, key_mask, out, batch * positions * positions * size >= STREAMED);
+    const struct fb_kernels *k = fb_kernels_in_use(params->dtype);
+    return fb_call(fb_attend, &(fb_attending){
+        .k = k, .params = params, .batch = batch, .positions = positions, .x = x, .causal = causal, .key_mask = key_mask,
+        .out = out, .stream = batch * positions * positions * k->size >= STREAMED,
+    });
 }

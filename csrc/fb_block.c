@@ -6,55 +6,80 @@
  */
 #include "fb_kernels.h"
 
+#include <string.h>
+
 enum { OWN_WEIGHTS = 16 << 20, SMALL_POSITIONS = 32 };
 
-typedef struct block_task {
+typedef struct block_job {
     const struct fb_kernels *k;
     const fb_params *params;
     const void *x, *weights;
-    ptrdiff_t batch, x_batch, weights_batch, positions, z_row;
-    char *out, *workspace;
-    ptrdiff_t workspace_bytes, tile, stage_bytes; /* the workspace of each thread */
-} block_task;
+    const uint8_t *key_mask;
+    ptrdiff_t batch, x_batch, weights_batch, positions;
+    int causal;
+    char *out;
+} block_job;
 
-/* z (n x D, z_row apart) = mixed positions row .. row + n of one batch item */
-static void mix(const block_task *t, ptrdiff_t row, ptrdiff_t n, void *z, void *workspace)
+typedef struct block_plan {
+    const block_job *job;
+    ptrdiff_t tile, z_row;
+} block_plan;
+
+static fb_mixing mixing_of(const block_job *t, ptrdiff_t b)
 {
-    const ptrdiff_t b = row / t->positions, i = row % t->positions, size = t->k->size;
-    fb_mix_rows(t->k, fb_at(t->weights, b * t->weights_batch + i * t->positions, size), t->positions, n,
-                fb_at(t->x, b * t->x_batch, size), t->positions, t->params->w1.k, z, t->z_row, workspace);
+    return (fb_mixing){
+        .weights = fb_at(t->weights, b * t->weights_batch, t->k->size),
+        .x = fb_at(t->x, b * t->x_batch, t->k->size),
+        .positions = t->positions,
+        .features = t->params->w1.k,
+        .key_mask = t->key_mask ? t->key_mask + b * t->positions : NULL,
+        .causal = t->causal,
+    };
+}
+
+/* z (n x D, z_row apart) = mixed positions row .. row + n of the batch, all of one item */
+static ptrdiff_t mix(const block_plan *plan, ptrdiff_t row, ptrdiff_t n, void *z, fb_arena arena)
+{
+    const block_job *t = plan->job;
+    const fb_mixing m = mixing_of(t, row / t->positions);
+    return fb_mix_rows(t->k, &m, row % t->positions, n, z, plan->z_row, arena);
 }
 
 /* All rows of the batch in one line, cut evenly, in tiles that do not cross from one batch item to the next. */
-static void rows_part(void *context, int thread, int part, int parts)
+static ptrdiff_t rows_part(const void *plan_, fb_arena arena, int part, int parts)
 {
-    const block_task *t = context;
-    const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = t->params->w1.k;
-    char *stage = t->workspace + thread * t->workspace_bytes, *workspace = stage + t->stage_bytes;
+    const block_plan *plan = plan_;
+    const block_job *t = plan->job;
+    const struct fb_kernels *k = t->k;
+    const fb_params *params = t->params;
+    const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = params->w1.k;
+    char *stage = fb_take(&arena, fb_stage_bytes(k, plan->tile, features));
     /* one block of features: mixed where it is wanted */
-    char *z = features <= FB_BLOCK ? stage : workspace;
-    workspace += z == stage ? 0 : fb_round_up(t->tile * t->z_row * t->k->size, 64);
-    ptrdiff_t row = total * part / parts, n;
-    for (; row < end; row += n) {
-        n = fb_min(fb_min(t->tile, t->positions - row % t->positions), end - row);
-        mix(t, row, n, z, workspace);
-        const fb_left mixed = z == stage ? (fb_left){z, t->z_row}
-                                         : fb_stage(t->k, z, t->z_row, n, features, t->params->w1.n, stage);
-        fb_feed_forward_rows(t->k, t->params, mixed, n, fb_at(t->out, row * features, t->k->size), workspace);
+    char *z = features <= FB_BLOCK ? stage : fb_take(&arena, plan->tile * plan->z_row * k->size);
+    if (!arena.memory)
+        return fb_max(mix(plan, 0, plan->tile, NULL, arena),
+                      fb_feed_forward_rows(k, params, (fb_left){0}, plan->tile, NULL, arena));
+    for (ptrdiff_t row = total * part / parts, n; row < end; row += n) {
+        n = fb_min(fb_min(plan->tile, t->positions - row % t->positions), end - row);
+        mix(plan, row, n, z, arena);
+        const fb_left mixed = z == stage ? (fb_left){z, plan->z_row} : fb_stage(k, z, plan->z_row, n, features, params->w1.n, stage);
+        fb_feed_forward_rows(k, params, mixed, n, fb_at(t->out, row * features, k->size), arena);
     }
+    return arena.used;
 }
 
 /* Features and hidden units that fit into a vector, a few positions: whole batch items. */
-static void small_part(void *context, int thread, int part, int parts)
+static ptrdiff_t small_part(const void *job, fb_arena arena, int part, int parts)
 {
-    (void)thread;
-    const block_task *t = context;
+    const block_job *t = job;
     const struct fb_kernels *k = t->k;
     const fb_params *params = t->params;
     const ptrdiff_t positions = t->positions, features = params->w1.k, hidden = params->w1.n, end = t->batch * (part + 1) / parts;
-    FB_ALIGNED(64) char z[SMALL_POSITIONS * FB_PANEL_BYTES];
-    FB_ALIGNED(64) char h[SMALL_POSITIONS * FB_PANEL_BYTES];
-    fb_product mixing = {.a_row = positions, .c = z, .c_row = k->lanes, .rows = positions, .cols = features, .depth = positions};
+    enum { BYTES = SMALL_POSITIONS * FB_PANEL_BYTES };
+    void *z = fb_take(&arena, BYTES), *h = fb_take(&arena, BYTES), *kept = fb_take(&arena, BYTES);
+    if (!arena.memory)
+        return arena.used;
+    fb_product mixing = {.a_row = positions, .c_row = k->lanes, .cols = features};
     const fb_product up = {.a = z, .a_row = k->lanes, .b = params->w1.data, .bias = params->b1, .c = h, .c_row = k->lanes,
                            .rows = positions, .cols = hidden, .depth = features, .relu = 1};
     fb_product down = {.a = h, .a_row = k->lanes, .b = params->w2.data, .bias = params->b2, .c_row = features,
@@ -63,86 +88,93 @@ static void small_part(void *context, int thread, int part, int parts)
         mixing.a = fb_at(t->weights, b * t->weights_batch, k->size);
         mixing.b = fb_at(t->x, b * t->x_batch, k->size);
         down.c = fb_at(t->out, b * positions * features, k->size);
-        k->product_small(&mixing, features);
+        if (t->key_mask) {
+            memcpy(kept, mixing.b, (size_t)(positions * features * k->size));
+            for (ptrdiff_t j = 0; j < positions; j++)
+                if (!t->key_mask[b * positions + j])
+                    memset(fb_at(kept, j * features, k->size), 0, (size_t)(features * k->size));
+            mixing.b = kept;
+        }
+        mixing.c = z;
+        mixing.rows = t->causal ? 1 : positions;
+        for (ptrdiff_t i = 0; i < positions; i += mixing.rows) {
+            mixing.depth = t->causal ? i + 1 : positions;
+            k->product_small(&mixing, features);
+            mixing.a = fb_at(mixing.a, positions, k->size);
+            mixing.c = fb_at(mixing.c, mixing.c_row, k->size);
+        }
         k->product_small(&up, k->panel);
         k->product_small(&down, k->panel);
     }
+    return arena.used;
 }
 
 /* The block with the weights in t. */
-static fb_status mix_and_feed_forward(block_task *t)
+static ptrdiff_t mix_and_feed_forward(const block_job *t, fb_arena arena)
 {
     const struct fb_kernels *k = t->k;
-    const fb_params *params = t->params;
-    const ptrdiff_t features = params->w1.k, rows = t->batch * t->positions;
-    const double work = (double)rows * (double)features * ((double)t->positions + 2.0 * (double)params->w1.n);
-    if (t->positions <= SMALL_POSITIONS && fb_max(features, params->w1.n) <= k->lanes) {
-        const int threads = fb_threads(work, t->batch);
-        fb_parallel(small_part, t, threads, fb_parts(threads, work, t->batch));
-        return FB_OK;
+    const ptrdiff_t features = t->params->w1.k, hidden = t->params->w1.n, rows = t->batch * t->positions;
+    const double work = (double)rows * (double)features * ((double)t->positions + 2.0 * (double)hidden);
+    if (t->positions <= SMALL_POSITIONS && fb_max(features, hidden) <= k->lanes) {
+        const int threads = fb_threads(arena, work, t->batch);
+        return fb_run(small_part, t, threads, fb_parts(threads, work, t->batch), arena);
     }
-    const int threads = fb_threads(work, fb_max(rows, params->w1.n / k->panel));
-    const ptrdiff_t tile = t->tile = fb_stage_rows(k, t->positions, features);
-    const ptrdiff_t mix_workspace = fb_mix_workspace(k, tile, t->positions, features);
-    fb_status status = FB_OK;
-    FB_SCRATCH(stack);
-    t->z_row = features <= FB_BLOCK ? FB_ROW : fb_round_up(features, k->panel);
-    if (threads > 1 && rows < FB_FEW_ROWS * threads) { /* few rows: all mixed positions, then a feed-forward by columns */
-        char *z = fb_alloc(rows, t->z_row, k->size);
-        void *workspace = fb_workspace(stack, 1, mix_workspace);
-        if (z && workspace) {
-            for (ptrdiff_t row = 0, n; row < rows; row += n) {
-                n = fb_min(tile, t->positions - row % t->positions);
-                mix(t, row, n, fb_at(z, row * t->z_row, k->size), workspace);
-            }
-            status = fb_feed_forward_all(k, params, z, t->z_row, rows, t->out);
-        } else {
-            status = FB_NO_MEMORY;
-        }
-        fb_free(z);
-        fb_workspace_free(stack, workspace);
-        return status;
+    const int threads = fb_threads(arena, work, fb_max(rows, hidden / k->panel));
+    const block_plan plan = {.job = t, .tile = fb_stage_rows(k, t->positions, features),
+                             .z_row = features <= FB_BLOCK ? FB_ROW : fb_round_up(features, k->panel)};
+    if (threads == 1 || rows >= FB_FEW_ROWS * threads)
+        return fb_run(rows_part, &plan, threads, fb_parts(threads, work, rows / FB_PART_ROWS), arena);
+    /* few rows: all mixed positions, then a feed-forward by columns */
+    char *z = fb_take(&arena, rows * plan.z_row * k->size);
+    const ptrdiff_t used = mix(&plan, 0, plan.tile, NULL, (fb_arena){.used = arena.used});
+    for (ptrdiff_t row = 0, n; arena.memory && row < rows; row += n) {
+        n = fb_min(plan.tile, t->positions - row % t->positions);
+        mix(&plan, row, n, fb_at(z, row * plan.z_row, k->size), arena);
     }
-    t->stage_bytes = fb_round_up(fb_stage_bytes(k, tile, features), 64);
-    t->workspace_bytes = t->stage_bytes + (features <= FB_BLOCK ? 0 : fb_round_up(tile * t->z_row * k->size, 64))
-                        + fb_round_up(fb_max(mix_workspace, fb_feed_forward_workspace(k, params, tile)), 64);
-    if (!(t->workspace = fb_workspace(stack, threads, t->workspace_bytes)))
-        return FB_NO_MEMORY;
-    fb_parallel(rows_part, t, threads, fb_parts(threads, work, rows / FB_PART_ROWS));
-    fb_workspace_free(stack, t->workspace);
-    return FB_OK;
+    return fb_max(used, fb_feed_forward_all(&(fb_feeding){
+        .k = k, .params = t->params, .x = z, .x_row = plan.z_row, .rows = rows, .out = t->out,
+    }, arena));
+}
+
+/* The weights of as many batch items at a time as fit into OWN_WEIGHTS, and the block with them. */
+static ptrdiff_t weigh_and_feed_forward(const block_job *t, fb_arena arena)
+{
+    const ptrdiff_t size = t->k->size, positions = t->positions, features = t->params->w1.k, item = positions * positions;
+    const ptrdiff_t step = fb_min(t->batch, fb_max(1, OWN_WEIGHTS / (item * size)));
+    void *own = fb_take(&arena, fb_bytes(step * positions, positions, size));
+    ptrdiff_t used = arena.used;
+    for (ptrdiff_t b = 0; b < t->batch; b += step) {
+        block_job part = *t;
+        part.batch = fb_min(step, t->batch - b);
+        part.x = fb_at(t->x, b * t->x_batch, size);
+        part.out = fb_at(t->out, b * positions * features, size);
+        part.key_mask = t->key_mask ? t->key_mask + b * positions : NULL;
+        part.weights = own;
+        part.weights_batch = item;
+        used = fb_max(used, fb_attend(&(fb_attending){
+            .k = t->k, .params = t->params, .batch = part.batch, .positions = positions, .x = part.x, .causal = t->causal,
+            .key_mask = part.key_mask, .out = own,
+        }, arena));
+        used = fb_max(used, mix_and_feed_forward(&part, arena));
+        if (!arena.memory && t->batch - b > 2 * step) /* count one whole step and the last one */
+            b += (t->batch - b - 1) / step * step - step;
+    }
+    return used;
+}
+
+static ptrdiff_t block(const void *job, fb_arena arena)
+{
+    const block_job *t = job;
+    if (t->batch == 0 || t->positions == 0 || t->params->w1.k == 0) /* nothing to write */
+        return arena.used;
+    return t->weights ? mix_and_feed_forward(t, arena) : weigh_and_feed_forward(t, arena);
 }
 
 fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t x_batch, ptrdiff_t positions,
                    const void *weights, ptrdiff_t weights_batch, int causal, const uint8_t *key_mask, void *out)
 {
-    const struct fb_kernels *k = fb_kernels_in_use(params->dtype);
-    block_task t = {.k = k, .params = params, .x = x, .weights = weights, .batch = batch, .x_batch = x_batch,
-                    .weights_batch = weights_batch, .positions = positions, .out = out};
-    fb_status status = FB_OK;
-    if (batch == 0 || positions == 0 || params->w1.k == 0) /* nothing to write */
-        return FB_OK;
-    fb_fp_mode mode = fb_fp_enter();
-    if (weights) {
-        status = mix_and_feed_forward(&t);
-        fb_fp_leave(mode);
-        return status;
-    }
-    const ptrdiff_t item = positions * positions * k->size;
-    const ptrdiff_t step = fb_min(batch, fb_max(1, OWN_WEIGHTS / item));
-    void *own = fb_alloc(step * positions, positions, k->size);
-    status = own ? FB_OK : FB_NO_MEMORY;
-    t.weights = own;
-    t.weights_batch = positions * positions;
-    for (ptrdiff_t b = 0; b < batch && status == FB_OK; b += step) {
-        t.batch = fb_min(step, batch - b);
-        t.x = fb_at(x, b * x_batch, k->size);
-        t.out = fb_at(out, b * positions * params->w1.k, k->size);
-        status = fb_attend(params, t.batch, t.x, positions, causal, key_mask ? key_mask + b * positions : NULL, own, 0);
-        if (status == FB_OK)
-            status = mix_and_feed_forward(&t);
-    }
-    fb_fp_leave(mode);
-    fb_free(own);
-    return status;
+    return fb_call(block, &(block_job){
+        .k = fb_kernels_in_use(params->dtype), .params = params, .x = x, .weights = weights, .key_mask = key_mask,
+        .batch = batch, .x_batch = x_batch, .weights_batch = weights_batch, .positions = positions, .causal = causal, .out = out,
+    });
 }

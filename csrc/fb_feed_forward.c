@@ -10,39 +10,33 @@
 enum { FEW_HIDDEN = 1 << 20 };
 
 typedef struct feed_forward {
-    const struct fb_kernels *k;
-    const fb_params *params;
-    const void *x;
-    ptrdiff_t x_row, rows;
-    void *out;
-    void *stage, *hidden; /* by columns: all of x, staged; all of the hidden activations, as staged */
-    fb_left left;         /* by columns: all of x */
-    char *workspace; /* of each thread */
-    ptrdiff_t workspace_bytes, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
+    const fb_feeding *f;
+    void *hidden; /* by columns: all of the hidden activations, as staged */
+    fb_left left; /* by columns: all of x */
+    ptrdiff_t tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
 } feed_forward;
 
 /* h (rows x n, FB_ROW apart) = up_project of hidden units f .. f + n, and of the padding up to whole panels */
-static void up(const feed_forward *t, fb_left x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
+static void up(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
 {
-    const void *b1 = t->params->b1;
-    fb_matmul(t->k, &(fb_product){
+    const void *b1 = params->b1;
+    fb_matmul(k, &(fb_product){
         .a = x.at,
         .a_row = x.row,
-        .bias = b1 ? fb_at(b1, f, t->k->size) : NULL,
+        .bias = b1 ? fb_at(b1, f, k->size) : NULL,
         .c = h,
         .c_row = FB_ROW,
         .rows = rows,
-        .cols = fb_round_up(n, t->k->panel),
+        .cols = fb_round_up(n, k->panel),
         .first_col = f,
-    }, &t->params->w1, FB_RELU);
+    }, &params->w1, FB_RELU);
 }
 
 /* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with b2 */
-static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t first, ptrdiff_t cols, void *out,
-                 int in_place, void *workspace)
+static void down(const struct fb_kernels *k, const fb_params *params, void *h, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t first,
+                 ptrdiff_t cols, void *out, fb_nonzeros list)
 {
-    const struct fb_kernels *k = t->k;
-    const fb_panels *w2 = &t->params->w2;
+    const fb_panels *w2 = &params->w2;
     const ptrdiff_t depth = fb_min(FB_BLOCK, w2->k - f), padded = fb_round_up(w2->n, k->panel);
     fb_product_skipping(k, &(fb_product){
         .a = h,
@@ -50,7 +44,7 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
         .b = fb_at(w2->data, f * padded + first * depth, k->size),
         .b_rows = w2->rows ? fb_at(w2->rows, f * padded + first, k->size) : NULL,
         .b_row = padded,
-        .bias = t->params->b2 ? fb_at(t->params->b2, first, k->size) : NULL,
+        .bias = params->b2 ? fb_at(params->b2, first, k->size) : NULL,
         .c = fb_at(out, first, k->size),
         .c_row = w2->n,
         .t = fb_at(out, first, k->size),
@@ -60,105 +54,103 @@ static void down(const feed_forward *t, void *h, ptrdiff_t rows, ptrdiff_t f, pt
         .depth = depth,
         .first = f == 0,
         .last = f + depth == w2->k,
-    }, w2->finite, in_place, workspace);
+    }, w2->finite, list);
 }
 
-ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows)
+ptrdiff_t fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows, void *out,
+                               fb_arena arena)
 {
-    return rows * FB_ROW * k->size + fb_skip_workspace(k, rows, params->w2.n, 1);
-}
-
-void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows,
-                          void *out, void *workspace)
-{
-    const feed_forward t = {.k = k, .params = params};
+    void *hidden = fb_take(&arena, rows * FB_ROW * k->size);
+    const fb_nonzeros list = fb_take_list(&arena, k, rows, params->w2.n, 1);
+    if (!arena.memory)
+        return arena.used;
     ptrdiff_t f = 0;
     do { /* one tile at least: without hidden units out is the bias */
-        up(&t, x, rows, f, fb_min(FB_BLOCK, params->w1.n - f), workspace);
-        down(&t, workspace, rows, f, 0, params->w2.n, out, 1, fb_at(workspace, rows * FB_ROW, k->size));
+        up(k, params, x, rows, f, fb_min(FB_BLOCK, params->w1.n - f), hidden);
+        down(k, params, hidden, rows, f, 0, params->w2.n, out, list);
         f += FB_BLOCK;
     } while (f < params->w1.n);
+    return arena.used;
 }
 
-static void rows_part(void *context, int thread, int part, int parts)
+static ptrdiff_t rows_part(const void *job, fb_arena arena, int part, int parts)
 {
-    const feed_forward *t = context;
-    const ptrdiff_t features = t->params->w1.k, size = t->k->size, end = t->rows * (part + 1) / parts;
-    char *stage = t->workspace + thread * t->workspace_bytes;
-    ptrdiff_t i = t->rows * part / parts;
-    for (ptrdiff_t rows; i < end; i += rows) {
+    const feed_forward *t = job;
+    const fb_feeding *f = t->f;
+    const fb_params *params = f->params;
+    const ptrdiff_t features = params->w1.k, size = f->k->size, end = f->rows * (part + 1) / parts;
+    void *stage = fb_take(&arena, fb_stage_bytes(f->k, t->tile, features));
+    if (!arena.memory)
+        return fb_feed_forward_rows(f->k, params, (fb_left){0}, t->tile, NULL, arena);
+    for (ptrdiff_t i = f->rows * part / parts, rows; i < end; i += rows) {
         rows = fb_min(t->tile, end - i);
-        const fb_left x = fb_stage(t->k, fb_at(t->x, i * t->x_row, size), t->x_row, rows, features, t->params->w1.n, stage);
-        fb_feed_forward_rows(t->k, t->params, x, rows, fb_at(t->out, i * features, size), stage + t->stage_bytes);
+        const fb_left x = fb_stage(f->k, fb_at(f->x, i * f->x_row, size), f->x_row, rows, features, params->w1.n, stage);
+        fb_feed_forward_rows(f->k, params, x, rows, fb_at(f->out, i * features, size), arena);
     }
+    return arena.used;
 }
 
-static void up_part(void *context, int thread, int part, int parts)
+static ptrdiff_t up_part(const void *job, fb_arena arena, int part, int parts)
 {
-    (void)thread;
-    const feed_forward *t = context;
+    const feed_forward *t = job;
+    const struct fb_kernels *k = t->f->k;
+    const fb_params *params = t->f->params;
+    const ptrdiff_t rows = t->f->rows;
     ptrdiff_t f, n, step;
-    fb_columns_of(t->k, t->params->w1.n, part, parts, &f, &n);
+    if (!arena.memory)
+        return arena.used;
+    fb_columns_of(k, params->w1.n, part, parts, &f, &n);
     for (const ptrdiff_t end = f + n; f < end; f += step) {
         step = fb_min(FB_BLOCK - f % FB_BLOCK, end - f);
-        up(t, t->left, t->rows, f, step, fb_at(t->hidden, f / FB_BLOCK * t->rows * FB_ROW + f % FB_BLOCK, t->k->size));
+        up(k, params, t->left, rows, f, step, fb_at(t->hidden, f / FB_BLOCK * rows * FB_ROW + f % FB_BLOCK, k->size));
     }
+    return arena.used;
 }
 
-static void down_part(void *context, int thread, int part, int parts)
+static ptrdiff_t down_part(const void *job, fb_arena arena, int part, int parts)
 {
-    const feed_forward *t = context;
+    const feed_forward *t = job;
+    const struct fb_kernels *k = t->f->k;
+    const fb_params *params = t->f->params;
+    const ptrdiff_t rows = t->f->rows;
+    const fb_nonzeros list = fb_take_list(&arena, k, rows, params->w2.n, 0);
     ptrdiff_t first, cols;
-    fb_columns_of(t->k, t->params->w2.n, part, parts, &first, &cols);
-    for (ptrdiff_t f = 0; f < t->params->w1.n; f += FB_BLOCK)
-        down(t, fb_at(t->hidden, f * t->rows / FB_BLOCK * FB_ROW, t->k->size), t->rows, f, first, cols, t->out, 0,
-             t->workspace + thread * t->workspace_bytes);
+    if (!arena.memory)
+        return arena.used;
+    fb_columns_of(k, params->w2.n, part, parts, &first, &cols);
+    for (ptrdiff_t f = 0; f < params->w1.n; f += FB_BLOCK)
+        down(k, params, fb_at(t->hidden, f * rows / FB_BLOCK * FB_ROW, k->size), rows, f, first, cols, t->f->out, list);
+    return arena.used;
 }
 
-fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
-                              ptrdiff_t rows, void *out)
+ptrdiff_t fb_feed_forward_all(const void *feeding, fb_arena arena)
 {
-    const ptrdiff_t hidden = params->w1.n, features = params->w1.k;
-    if (features == 0)
-        return FB_OK;
+    const fb_feeding *f = feeding;
+    const struct fb_kernels *k = f->k;
+    const ptrdiff_t hidden = f->params->w1.n, features = f->params->w1.k, rows = f->rows;
+    if (features == 0 || rows == 0)
+        return arena.used;
     const double work = 2.0 * (double)rows * (double)hidden * (double)features;
-    const int threads = fb_threads(work, fb_max(rows, fb_min(hidden, features) / k->panel));
-    feed_forward t = {.k = k, .params = params, .x = x, .x_row = x_row, .rows = rows, .out = out};
-    FB_SCRATCH(stack);
+    const int threads = fb_threads(arena, work, fb_max(rows, fb_min(hidden, features) / k->panel));
     const ptrdiff_t blocks = (hidden + FB_BLOCK - 1) / FB_BLOCK;
-    const int by_columns = threads > 1 && rows < FB_FEW_ROWS * threads && rows <= FB_ROWS
-                           && rows * blocks * FB_ROW * k->size <= (ptrdiff_t)FEW_HIDDEN * threads;
-    const int parts = fb_parts(threads, work, rows / FB_PART_ROWS);
-    const ptrdiff_t tile = t.tile = fb_stage_rows(k, (rows + parts - 1) / parts, features);
-    if (by_columns) {
-        t.workspace_bytes = fb_round_up(fb_skip_workspace(k, rows, features, 0), 64);
-        t.stage = fb_alloc(fb_stage_bytes(k, rows, features), 1, 1);
-        t.hidden = fb_alloc(rows * blocks, FB_ROW, k->size);
-    } else {
-        t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, features), 64);
-        t.workspace_bytes = fb_round_up(t.stage_bytes + fb_feed_forward_workspace(k, params, tile), 64);
+    feed_forward t = {.f = f};
+    if (threads == 1 || rows >= FB_FEW_ROWS * threads || rows > FB_ROWS
+        || rows * blocks * FB_ROW * k->size > (ptrdiff_t)FEW_HIDDEN * threads) {
+        const int parts = fb_parts(threads, work, rows / FB_PART_ROWS);
+        t.tile = fb_stage_rows(k, (rows + parts - 1) / parts, features);
+        return fb_run(rows_part, &t, threads, parts, arena);
     }
-    fb_status status = FB_NO_MEMORY;
-    t.workspace = fb_workspace(stack, threads, t.workspace_bytes);
-    if (t.workspace && !by_columns) {
-        fb_parallel(rows_part, &t, threads, parts);
-        status = FB_OK;
-    } else if (t.workspace && t.stage && t.hidden) {
-        t.left = fb_stage(k, x, x_row, rows, features, hidden, t.stage);
-        fb_parallel(up_part, &t, threads, fb_parts(threads, work / 2, hidden / k->panel));
-        fb_parallel(down_part, &t, threads, threads);
-        status = FB_OK;
-    }
-    fb_free(t.stage);
-    fb_free(t.hidden);
-    fb_workspace_free(stack, t.workspace);
-    return status;
+    void *stage = fb_take(&arena, fb_stage_bytes(k, rows, features));
+    t.hidden = fb_take(&arena, rows * blocks * FB_ROW * k->size);
+    if (arena.memory)
+        t.left = fb_stage(k, f->x, f->x_row, rows, features, hidden, stage);
+    const ptrdiff_t up_used = fb_run(up_part, &t, threads, fb_parts(threads, work / 2, hidden / k->panel), arena);
+    return fb_max(up_used, fb_run(down_part, &t, threads, threads, arena));
 }
 
 fb_status fb_feed_forward(const fb_params *params, const void *x, ptrdiff_t rows, void *out)
 {
-    fb_fp_mode mode = fb_fp_enter();
-    fb_status status = fb_feed_forward_all(fb_kernels_in_use(params->dtype), params, x, params->w1.k, rows, out);
-    fb_fp_leave(mode);
-    return status;
+    return fb_call(fb_feed_forward_all, &(fb_feeding){
+        .k = fb_kernels_in_use(params->dtype), .params = params, .x = x, .x_row = params->w1.k, .rows = rows, .out = out,
+    });
 }

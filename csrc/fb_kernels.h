@@ -25,13 +25,14 @@ enum {
     FB_SOFTMAX_ROWS = 16, /* the most lanes of a vector in any tier: they are rows where softmax sums */
     FB_PART_ROWS = 96,   /* rows of a part, where a thread has more than one: each part reads all weights */
     FB_MAX_THREADS = 256,
-    FB_STACK_BYTES = 32768, /* workspaces up to this size are on the stack */
     /* Elements from one row of a left operand to the next: an odd number of cache lines, so that rows do not all fall
      * into the same cache sets. */
     FB_ROW = FB_BLOCK + 16,
     FB_STAGE_BYTES = 1400 << 10, /* of a left operand laid out for the kernel: a thread's 2 MiB hold it and its tile */
     FB_SUMS_BYTES = 8 * FB_PANEL_BYTES, /* a row of a group of panels, the widest of all tiers */
 };
+
+#define FB_MOST_BYTES (PTRDIFF_MAX / 4) /* more than can be had */
 
 /* One block of k of a matrix product, C (rows x cols) from A (rows x depth) and B (depth x cols):
  *     s = chain of fma over k;  t = first ? s : T + s;  last ? C = finish(t, bias) [then relu] : T = t
@@ -45,6 +46,7 @@ typedef struct fb_product {
     ptrdiff_t a_row, b_row, c_row, t_row; /* in elements */
     ptrdiff_t rows, cols, depth;   /* depth <= FB_BLOCK */
     int first, last, relu;
+    ptrdiff_t unseen; /* so many k at the end of the block take no part, whatever A and B hold there */
     int skip; /* B is finite: k where a whole row tile of A is zero, at either end of the block, may be left out */
     /* NULL, or of each row how many columns matter, not falling, where the first of C is number first_col: the others may be
      * left as they are */
@@ -71,8 +73,9 @@ struct fb_kernels {
     void (*copy)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
     /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows on. */
     void (*pack)(const void *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel);
-    /* The rows of B as they are, B[k, j] = x[k*x_row + j], k < depth, j < cols, as panels of one block; whether all are finite. */
-    int (*pack_rows)(const void *x, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols, void *panels);
+    /* The rows of B as they are, B[k, j] = x[k*x_row + j], k < depth, j < cols, as panels of one block; whether all are finite.
+     * keep: NULL, or rows where it is zero are read as +0.0. */
+    int (*pack_rows)(const void *x, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols, const uint8_t *keep, void *panels);
     void (*product)(const fb_product *);
     /* The same from the nonzeros of A only; B must be finite. */
     void (*product_sparse)(const fb_product *, const fb_nonzeros *);
@@ -107,8 +110,28 @@ FB_TIERS(FB_DECLARE_TIER)
 /* fb_dispatch.c: the kernels of the tier in use */
 const struct fb_kernels *fb_kernels_in_use(fb_dtype dtype);
 
-/* fb_pack.c: 64-byte-aligned memory for rows x cols elements, NULL if that overflows or cannot be had; fb_free frees it */
+/* fb_memory.c: 64-byte-aligned memory for rows x cols elements, NULL if that overflows or cannot be had; fb_free frees it */
 void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size);
+
+/* What an operation may use: scratch memory, and threads. fb_take takes a piece of the memory, 64-byte aligned; an arena
+ * without memory only counts, so the size and the pointers come from the same lines. Arenas are passed by value: what a
+ * function has taken is free again when it returns. */
+typedef struct fb_arena {
+    char *memory; /* NULL: only count */
+    ptrdiff_t used;
+    int threads; /* asked for once a call, so that counting and working plan the same */
+} fb_arena;
+FB_INLINE void *fb_take(fb_arena *arena, ptrdiff_t bytes);
+/* rows x cols elements in bytes, or if that overflows FB_MOST_BYTES, for which there is no memory */
+FB_INLINE ptrdiff_t fb_bytes(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size);
+/* An operation returns how much of the arena it uses; without memory it does nothing else. */
+typedef ptrdiff_t fb_operation(const void *arguments, fb_arena arena);
+/* Every public function that computes: the operation, in the default floating-point mode, with all the memory that it will
+ * need, taken before the first result is written. */
+fb_status fb_call(fb_operation *operation, const void *arguments);
+
+/* fb_pack.c: w (out->n, out->k), rows w_row apart, into out->data. */
+void fb_panels_fill(const struct fb_kernels *k, const void *w, ptrdiff_t w_row, fb_panels *out);
 
 /* fb_matmul.c: a left operand A as the kernel wants it. Staged (row is FB_ROW): its blocks of 256 k one after the other,
  * rows x FB_ROW each; or, if it is one block and meets few columns, as it stands. fb_stage: A for a product of cols
@@ -128,34 +151,60 @@ typedef enum fb_ending { FB_SUMS = -1, FB_FINISH, FB_RELU } fb_ending;
  * on; c, c_row; t, scratch for FB_ROWS x FB_ROW elements, NULL if C itself is a good place for the totals; rows, at most
  * FB_ROWS; cols; first_col; wanted. */
 void fb_matmul(const struct fb_kernels *k, const fb_product *whole, const fb_panels *b, fb_ending ending);
-/* The same for all columns, on all threads: C has b->n columns. */
-fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
-                          const void *bias, fb_ending ending, void *out);
-/* One block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. in_place: A may be
- * destroyed, and its a_row is FB_ROW. workspace: fb_skip_workspace(...) bytes, 64-byte aligned; cols: of C, 0 if b_rows is NULL. */
-ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t cols, int in_place);
-void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, int in_place, void *workspace);
-/* The loops inside fb_mix_positions and fb_feed_forward, one thread, for callers that have a workspace (in bytes). */
-ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t positions, ptrdiff_t features);
-void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
-                 ptrdiff_t positions, ptrdiff_t features, void *out, ptrdiff_t out_row, void *workspace);
-ptrdiff_t fb_feed_forward_workspace(const struct fb_kernels *k, const fb_params *params, ptrdiff_t rows);
-void fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows,
-                          void *out, void *workspace);
-/* fb_attention.c: fb_attention_weights; stream: out is too large to be found in a cache later. */
-fb_status fb_attend(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
-                    const uint8_t *key_mask, void *out, int stream);
-/* fb_feed_forward.c: fb_feed_forward for any number of rows, on all threads. */
-fb_status fb_feed_forward_all(const struct fb_kernels *k, const fb_params *params, const void *x, ptrdiff_t x_row,
-                              ptrdiff_t rows, void *out);
+/* An operation (its arguments): the same for all columns, on all threads; C has w->n columns. */
+typedef struct fb_projection {
+    const struct fb_kernels *k;
+    const void *x;
+    ptrdiff_t rows;
+    const fb_panels *w;
+    const void *bias;
+    fb_ending ending;
+    void *out;
+} fb_projection;
+fb_operation fb_project_rows;
+/* One block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. list: from fb_take_list, for
+ * products of at most so many rows and, where B is kept in rows, columns; in_place: A may be destroyed, and its a_row is FB_ROW. */
+fb_nonzeros fb_take_list(fb_arena *arena, const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t cols, int in_place);
+void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, fb_nonzeros list);
+/* An operation on one thread: rows first_row .. first_row + rows of A X. */
+typedef struct fb_mixing {
+    const void *weights, *x; /* (P, P), (P, D) */
+    ptrdiff_t positions, features;
+    const uint8_t *key_mask; /* NULL, or zero where a key takes no part */
+    int causal;              /* nor do keys behind the row's position */
+} fb_mixing;
+ptrdiff_t fb_mix_rows(const struct fb_kernels *k, const fb_mixing *m, ptrdiff_t first_row, ptrdiff_t rows, void *out,
+                      ptrdiff_t out_row, fb_arena arena);
+/* fb_feed_forward.c: operations on one thread, x as fb_stage says; and on all threads, rows of x x_row apart */
+ptrdiff_t fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows, void *out,
+                               fb_arena arena);
+typedef struct fb_feeding {
+    const struct fb_kernels *k;
+    const fb_params *params;
+    const void *x;
+    ptrdiff_t x_row, rows;
+    void *out;
+} fb_feeding;
+fb_operation fb_feed_forward_all;
+/* fb_attention.c: an operation, attention weights; stream: out is too large to be found in a cache later. */
+typedef struct fb_attending {
+    const struct fb_kernels *k;
+    const fb_params *params;
+    ptrdiff_t batch, positions;
+    const void *x;
+    int causal, stream;
+    const uint8_t *key_mask;
+    void *out;
+} fb_attending;
+fb_operation fb_attend;
 
-/* fb_threads.c: run task(context, thread, part, parts) for every part, on at most `threads` threads, each in the default
- * floating-point mode; a thread, 0 <= thread < threads, has one part at a time. fb_threads: how many threads `work`
- * multiply-adds are worth, at most `limit`. fb_parts: into how many parts to cut it for them, a whole number a thread,
- * at most `limit` or one a thread. */
-typedef void fb_task(void *context, int thread, int part, int parts);
-void fb_parallel(fb_task *task, void *context, int threads, int parts);
-int fb_threads(double work, ptrdiff_t limit);
+/* fb_threads.c: fb_run is an operation that does every part of a task, on at most `threads` threads, each in the default
+ * floating-point mode and with memory of its own, as much as the task says it uses. fb_threads: how many threads of the
+ * arena `work` multiply-adds are worth, at most `limit`. fb_parts: into how many parts to cut it for them, a whole number a
+ * thread, at most `limit` or one a thread. */
+typedef ptrdiff_t fb_task(const void *job, fb_arena arena, int part, int parts);
+ptrdiff_t fb_run(fb_task *task, const void *job, int threads, int parts, fb_arena arena);
+int fb_threads(fb_arena arena, double work, ptrdiff_t limit);
 int fb_parts(int threads, double work, ptrdiff_t limit);
 
 FB_INLINE ptrdiff_t fb_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
@@ -166,7 +215,17 @@ FB_INLINE ptrdiff_t fb_even(ptrdiff_t n, ptrdiff_t most)
     const ptrdiff_t pieces = (n + most - 1) / most;
     return n <= most ? n : (n + pieces - 1) / pieces;
 }
-FB_INLINE ptrdiff_t fb_round_up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) / to * to; }
+FB_INLINE ptrdiff_t fb_round_up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) & -to; } /* to: a power of two */
+FB_INLINE ptrdiff_t fb_bytes(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size)
+{
+    return (double)rows * (double)cols * (double)size < (double)FB_MOST_BYTES ? rows * cols * size : FB_MOST_BYTES;
+}
+FB_INLINE void *fb_take(fb_arena *arena, ptrdiff_t bytes)
+{
+    char *piece = arena->memory ? arena->memory + arena->used : NULL;
+    arena->used = fb_min(arena->used + fb_round_up(bytes, 64), FB_MOST_BYTES);
+    return piece;
+}
 FB_INLINE void *fb_at(const void *base, ptrdiff_t elements, ptrdiff_t size) { return (char *)base + elements * size; }
 
 /* The columns of a part: whole panels, dealt out evenly. */
@@ -176,18 +235,6 @@ FB_INLINE void fb_columns_of(const struct fb_kernels *k, ptrdiff_t cols, int par
     const ptrdiff_t panels = (cols + k->panel - 1) / k->panel;
     *first = panels * part / parts * k->panel;
     *n = fb_min(panels * (part + 1) / parts * k->panel, cols) - *first;
-}
-
-/* A workspace of threads x bytes, on the stack where it is small: a tiny block takes less time than malloc. */
-#define FB_SCRATCH(name) FB_ALIGNED(64) char name[FB_STACK_BYTES]
-FB_INLINE void *fb_workspace(char *stack, ptrdiff_t threads, ptrdiff_t bytes)
-{
-    return threads == 1 && bytes <= FB_STACK_BYTES ? stack : fb_alloc(threads, bytes, 1);
-}
-FB_INLINE void fb_workspace_free(char *stack, void *workspace)
-{
-    if (workspace != stack)
-        fb_free(workspace);
 }
 
 #endif

@@ -67,12 +67,13 @@ static void FN(pack)(const void *w_, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t 
 }
 
 /* Rows of B as they are: B[k, j] = x[k*x_row + j], k < depth, j < cols, into panels of one block, columns beyond the last
- * are +0.0. Returns whether all are finite: x * 0 is a zero for finite x, NaN for the others, and a NaN survives every sum.
+ * are +0.0, and so are rows that keep, if there is one, does not keep. Returns whether all are finite: x * 0 is a zero for finite x, NaN for the others, and a NaN survives every sum.
  * Some rows at a time, so that what a panel gets is whole lines of one page: with all rows of a panel at a time mixing 512 x
  * 768 took 1.06 times as long. */
-static int FN(pack_rows)(const void *x_, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols, void *panels)
+static int FN(pack_rows)(const void *x_, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols, const uint8_t *keep, void *panels)
 {
     enum { ROWS = 16 /* 8 as good, 32 and more not */ };
+    static const REAL nothing[PANEL] = {0};
     VEC sum[PANEL_VECS];
     REAL lane[PANEL];
     FB_UNROLL
@@ -91,9 +92,10 @@ static int FN(pack_rows)(const void *x_, ptrdiff_t x_row, ptrdiff_t depth, ptrdi
                 from_row = PANEL;
             }
             for (ptrdiff_t i = 0; i < rows; i++, from += from_row, to += PANEL) {
+                const REAL *row = keep && !keep[k + i] ? nothing : from;
                 FB_UNROLL
                 for (int v = 0; v < PANEL_VECS; v++) {
-                    const VEC x = V(load)(from + v * LANES);
+                    const VEC x = V(load)(row + v * LANES);
                     V(store)(to + v * LANES, x);
                     sum[v] = V(add)(sum[v], V(mul)(x, V(zero)()));
                 }
@@ -325,7 +327,7 @@ FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
     /* strips of a tile that fetch: together they fetch the next panel */
     const ptrdiff_t strips = g->depth / FB_STRIP;
     const ptrdiff_t fetches = !staged || group > 1 ? 0 : tiles == 1 ? strips : (strips + tiles - 1) / tiles;
-    const int16_t whole[2] = {0, (int16_t)g->depth};
+    const int16_t whole[2] = {0, (int16_t)(g->depth - g->unseen)};
     int16_t range[FB_ROWS][2];
     const REAL *a = g->a;
     ptrdiff_t rows;
@@ -726,8 +728,10 @@ FB_NOINLINE void FN(exp_exact)(VEC *v)
  * in absolute value less than 2**-9.6. Its error is less than 1.9 * 2**-34: rounded w 1, rounded r - head + ... 0.25,
  * the product of rest and what k * ln(2)/8 has beyond k * ln2_high 0.27, the sums before 0.06 each, the polynomial 0.12.
  * If s + p * (w +- 2**-33) rounds to one number, it is the right one (`error` is larger, lest the sum be rounded to
- * less); else, in 1 of 360, `unsure` is positive, or NaN. Then x goes to exp_exact, and so it does beyond +-87, where
- * the error is set to x**2 - 87**2. A softmax of 512 takes 0.90 ns an element, with exp_exact alone 1.22.
+ * less); else, in 1 of 360, `unsure` is positive, or NaN. Then x goes to exp_exact, and so it does from +-87 on, where
+ * the error is set to x**4 - 87**4: up to 2**18 that is at least 1 and w is less than 1; beyond, r is what rounding t cuts
+ * off, less than 2**-22 * x, so up to 2**32 w is less than 2**52 where the error is more than 2**71, and from there on the
+ * error is infinite. (With x**2 it was lost in w from 2**50 on.) A softmax of 512 takes 0.90 ns an element, with exp_exact alone 1.22.
  * The order of the steps matters, for registers are what is short: e at the end, where it is used, 1.05 (x is needed so
  * long); with shorter chains exp alone takes longer, too: r - head added before q is known 1.13, q from two halves 1.22. */
 FB_INLINE void FN(exp_quick)(const int n, const VEC *x, VEC *y, VEC *unsure)
@@ -738,11 +742,12 @@ FB_INLINE void FN(exp_quick)(const int n, const VEC *x, VEC *y, VEC *unsure)
         0, -0x1.0736c4p-14f, -0x1.a5f74ep-20f, -0x1.ca8b44p-16f, -0x1.140906p-14f, -0x1.156e68p-16f, -0x1.ca89aap-15f, 0x1.b1d272p-17f,
         0, -0x1.0736c4p-14f, -0x1.a5f74ep-20f, -0x1.ca8b44p-16f, -0x1.140906p-14f, -0x1.156e68p-16f, -0x1.ca89aap-15f, 0x1.b1d272p-17f};
     static const float inv = 0x1.715476p+3f, ln2_high = -0x1.62e43p-4f, ln2_low = 0x1.05c61p-32f;
-    static const float round = 0x1.8p23f, round_head = 0x1.8p12f, error = 0x1.4p-33f, far = -87 * 87;
+    static const float round = 0x1.8p23f, round_head = 0x1.8p12f, error = 0x1.4p-33f, far = -87.0f * 87 * 87 * 87;
     static const float c2 = 0.5f, c3 = 0x1.555556p-2f, c4 = 0x1.555d04p-4f, c5 = 0x1.1115c6p-6f;
     VEC t[FB_EXP_VECS], k[FB_EXP_VECS], r[FB_EXP_VECS], rest[FB_EXP_VECS], head[FB_EXP_VECS], half[FB_EXP_VECS], e[FB_EXP_VECS];
     VEC q[FB_EXP_VECS], w[FB_EXP_VECS], p[FB_EXP_VECS], s[FB_EXP_VECS];
-    FB_EACH_VEC e[i] = V(max)(V(fma)(x[i], x[i], V(splat)(&far)), V(splat)(&error));
+    FB_EACH_VEC e[i] = V(mul)(x[i], x[i]);
+    FB_EACH_VEC e[i] = V(max)(V(fma)(e[i], e[i], V(splat)(&far)), V(splat)(&error));
     FB_EACH_VEC t[i] = V(fma)(x[i], V(splat)(&inv), V(splat)(&round));
     FB_EACH_VEC k[i] = V(sub)(t[i], V(splat)(&round));
     FB_EACH_VEC r[i] = V(fma)(k[i], V(splat)(&ln2_high), x[i]); /* exact */

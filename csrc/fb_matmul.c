@@ -83,17 +83,19 @@ void fb_matmul(const struct fb_kernels *k, const fb_product *whole, const fb_pan
 
 /* ---- a product that skips zeros of A */
 
-ptrdiff_t fb_skip_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t cols, int in_place)
+fb_nonzeros fb_take_list(fb_arena *arena, const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t cols, int in_place)
 {
-    const ptrdiff_t value = in_place ? 0 : rows * FB_ROW * k->size, offset = rows * FB_ROW * 2;
-    const ptrdiff_t count = rows * FB_BLOCK / FB_SLICE * 2;
-    return value + fb_round_up(offset, 64) + fb_round_up(count, 64)
-           + fb_max(rows * FB_SUMS_BYTES, fb_round_up(cols * k->size, FB_PANEL_BYTES));
+    return (fb_nonzeros){
+        .value = in_place ? NULL : fb_take(arena, rows * FB_ROW * k->size),
+        .offset = fb_take(arena, rows * FB_ROW * 2),
+        .count = fb_take(arena, rows * FB_BLOCK / FB_SLICE * 2),
+        .sums = fb_take(arena, fb_max(rows * FB_SUMS_BYTES, cols * k->size)),
+    };
 }
 
-void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, int in_place, void *workspace)
+void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, fb_nonzeros list)
 {
-    g->stage = workspace;
+    g->stage = list.value;
     /* Look at every fourth tile of 6 rows, not at the data's meaning. A tile costs its span, a row its nonzeros. */
     enum { TILE = 6, EVERY = 4 };
     ptrdiff_t seen = 0, spans = 0, nonzeros = 0;
@@ -115,194 +117,200 @@ void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, 
         k->product(g);
         return;
     }
-    char *at = workspace;
-    fb_nonzeros list = {.value = (void *)g->a, .slice = by_rows || g->rows <= 3 || density < 0.125 ? FB_BLOCK : FB_SLICE};
-    if (!in_place) {
-        list.value = at;
-        at += g->rows * FB_ROW * k->size;
-    }
-    list.offset = (void *)at;
-    at += fb_round_up(g->rows * FB_ROW * 2, 64);
-    list.count = (void *)at;
-    at += fb_round_up(g->rows * FB_BLOCK / FB_SLICE * 2, 64);
-    list.sums = at;
+    list.value = list.value ? list.value : (void *)g->a;
+    list.slice = by_rows || g->rows <= 3 || density < 0.125 ? FB_BLOCK : FB_SLICE;
     k->compress(g->a, g->a_row, g->rows, g->depth, &list);
     (by_rows ? k->product_rows : k->product_sparse)(g, &list);
 }
 
 /* ---- up_project, down_project */
 
-typedef struct project_task {
-    const struct fb_kernels *k;
-    const void *x, *bias;
-    const fb_panels *w;
-    void *out;
-    char *workspace; /* of each thread: a stage, and totals if they have a place of their own */
-    ptrdiff_t workspace_bytes, stage_bytes, tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
-    ptrdiff_t rows;
-    fb_ending ending;
+typedef struct project_job {
+    const fb_projection *p;
+    ptrdiff_t tile; /* one tile size for all parts: fewer rows may mean larger even tiles */
     int totals, by_columns;
-} project_task;
+} project_job;
 
-static void project_part(void *context, int thread, int part, int parts)
+static ptrdiff_t project_part(const void *job, fb_arena arena, int part, int parts)
 {
-    const project_task *t = context;
-    const fb_panels *w = t->w;
-    const ptrdiff_t size = t->k->size;
-    char *stage = t->workspace + thread * t->workspace_bytes, *totals = t->totals ? stage + t->stage_bytes : NULL;
-    ptrdiff_t i = 0, end = t->rows, first = 0, cols = w->n;
+    const project_job *t = job;
+    const fb_projection *p = t->p;
+    const fb_panels *w = p->w;
+    const ptrdiff_t size = p->k->size;
+    void *stage = fb_take(&arena, fb_stage_bytes(p->k, t->tile, w->k));
+    void *totals = t->totals ? fb_take(&arena, t->tile * FB_ROW * size) : NULL;
+    ptrdiff_t i = 0, end = p->rows, first = 0, cols = w->n;
+    if (!arena.memory)
+        return arena.used;
     if (t->by_columns) {
-        fb_columns_of(t->k, w->n, part, parts, &first, &cols);
+        fb_columns_of(p->k, w->n, part, parts, &first, &cols);
     } else {
-        i = t->rows * part / parts;
-        end = t->rows * (part + 1) / parts;
+        i = p->rows * part / parts;
+        end = p->rows * (part + 1) / parts;
     }
     for (ptrdiff_t rows; i < end; i += rows) { /* loop 3 */
         rows = fb_min(t->tile, end - i);
-        const fb_left x = fb_stage(t->k, fb_at(t->x, i * w->k, size), w->k, rows, w->k, cols, stage);
-        fb_matmul(t->k, &(fb_product){
+        const fb_left x = fb_stage(p->k, fb_at(p->x, i * w->k, size), w->k, rows, w->k, cols, stage);
+        fb_matmul(p->k, &(fb_product){
             .a = x.at,
             .a_row = x.row,
-            .bias = t->bias ? fb_at(t->bias, first, size) : NULL,
-            .c = fb_at(t->out, i * w->n + first, size),
+            .bias = p->bias ? fb_at(p->bias, first, size) : NULL,
+            .c = fb_at(p->out, i * w->n + first, size),
             .c_row = w->n,
             .t = totals,
             .rows = rows,
             .cols = cols,
             .first_col = first,
-        }, w, t->ending);
+        }, w, p->ending);
     }
+    return arena.used;
 }
 
-fb_status fb_project_rows(const struct fb_kernels *k, const void *x, ptrdiff_t rows, const fb_panels *w,
-                          const void *bias, fb_ending ending, void *out)
+ptrdiff_t fb_project_rows(const void *projection, fb_arena arena)
 {
-    if (w->n == 0)
-        return FB_OK;
-    project_task t = {.k = k, .x = x, .bias = bias, .w = w, .out = out, .rows = rows, .ending = ending};
-    const double work = (double)rows * (double)w->n * (double)w->k;
-    const int threads = fb_threads(work, fb_max(rows, w->n / k->panel));
+    const fb_projection *p = projection;
+    const struct fb_kernels *k = p->k;
+    const fb_panels *w = p->w;
+    if (w->n == 0 || p->rows == 0)
+        return arena.used;
+    const double work = (double)p->rows * (double)w->n * (double)w->k;
+    const int threads = fb_threads(arena, work, fb_max(p->rows, w->n / k->panel));
+    project_job t = {.p = p};
     /* Several blocks of k and long rows of C: totals in C would share few cache sets (up_project 128 x 768 -> 3072:
      * 85 % of the FMA peak with the totals in C). */
-    t.totals = w->k > FB_BLOCK && w->n > COLUMNS && rows > 16;
-    t.by_columns = rows < FB_FEW_ROWS * threads;
+    t.totals = w->k > FB_BLOCK && w->n > COLUMNS && p->rows > 16;
+    t.by_columns = p->rows < FB_FEW_ROWS * threads;
     /* each part stages its rows: all of them, if it has columns */
-    const int parts = fb_parts(threads, work, t.by_columns ? w->n / COLUMNS : rows / FB_PART_ROWS);
-    const ptrdiff_t tile = t.tile = fb_stage_rows(k, t.by_columns ? rows : (rows + parts - 1) / parts, w->k);
-    FB_SCRATCH(stack);
-    t.stage_bytes = fb_round_up(fb_stage_bytes(k, tile, w->k), 64);
-    t.workspace_bytes = t.stage_bytes + (t.totals ? tile * FB_ROW * k->size : 0);
-    if (!(t.workspace = fb_workspace(stack, threads, t.workspace_bytes)))
-        return FB_NO_MEMORY;
-    fb_parallel(project_part, &t, threads, parts);
-    fb_workspace_free(stack, t.workspace);
-    return FB_OK;
+    const int parts = fb_parts(threads, work, t.by_columns ? w->n / COLUMNS : p->rows / FB_PART_ROWS);
+    t.tile = fb_stage_rows(k, t.by_columns ? p->rows : (p->rows + parts - 1) / parts, w->k);
+    return fb_run(project_part, &t, threads, parts, arena);
 }
 
 fb_status fb_project(fb_dtype dtype, const void *x, ptrdiff_t rows, const fb_panels *w, const void *bias, int relu,
                      void *out)
 {
-    fb_fp_mode mode = fb_fp_enter();
-    fb_status status = fb_project_rows(fb_kernels_in_use(dtype), x, rows, w, bias, relu ? FB_RELU : FB_FINISH, out);
-    fb_fp_leave(mode);
-    return status;
+    return fb_call(fb_project_rows, &(fb_projection){
+        .k = fb_kernels_in_use(dtype), .x = x, .rows = rows, .w = w, .bias = bias, .ending = relu ? FB_RELU : FB_FINISH, .out = out,
+    });
 }
 
 /* ---- mix_positions */
 
-ptrdiff_t fb_mix_workspace(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t positions, ptrdiff_t features)
+/* Row i of a product whose block of B has something that is not finite, and that may see only the keys up to i: its own
+ * terms only, for a zero weight would not hide the others. */
+static void product_causal(const struct fb_kernels *k, const fb_product *whole, ptrdiff_t seen)
 {
-    const ptrdiff_t cols = fb_round_up(fb_min(MIX_COLUMNS, features), k->panel);
-    return fb_min(FB_BLOCK, positions) * cols * k->size + fb_skip_workspace(k, fb_min(FB_ROWS, rows), 0, 0);
+    fb_product g = *whole;
+    g.rows = 1;
+    for (ptrdiff_t i = 0; i < whole->rows; i++, seen++) {
+        g.unseen = fb_max(0, g.depth - fb_max(0, seen));
+        k->product(&g);
+        g.a = fb_at(g.a, g.a_row, k->size);
+        g.c = g.t = fb_at(g.c, g.c_row, k->size);
+    }
 }
 
-void fb_mix_rows(const struct fb_kernels *k, const void *weights, ptrdiff_t weights_row, ptrdiff_t rows, const void *x,
-                 ptrdiff_t positions, ptrdiff_t features, void *out, ptrdiff_t out_row, void *workspace)
+ptrdiff_t fb_mix_rows(const struct fb_kernels *k, const fb_mixing *m, ptrdiff_t first_row, ptrdiff_t rows, void *out,
+                      ptrdiff_t out_row, fb_arena arena)
 {
-    const ptrdiff_t size = k->size, packed = fb_mix_workspace(k, 0, positions, features);
+    const ptrdiff_t size = k->size, positions = m->positions, features = m->features;
     /* an out_row of whole panels has room for the columns beyond the last */
     const ptrdiff_t width = fb_min(fb_round_up(features, k->panel), out_row);
+    void *packed = fb_take(&arena, fb_min(FB_BLOCK, positions) * fb_round_up(fb_min(MIX_COLUMNS, features), k->panel) * size);
+    const fb_nonzeros list = fb_take_list(&arena, k, fb_min(FB_ROWS, rows), 0, 0);
+    if (!arena.memory)
+        return arena.used;
     for (ptrdiff_t j = 0; j < features; j += MIX_COLUMNS) {
         const ptrdiff_t cols = fb_min(MIX_COLUMNS, features - j);
         for (ptrdiff_t k0 = 0; k0 < positions; k0 += FB_BLOCK) {
             fb_product g = {
-                .a = fb_at(weights, k0, size),
-                .a_row = weights_row,
+                .a = fb_at(m->weights, first_row * positions + k0, size),
+                .a_row = positions,
+                .b = packed,
                 .c = fb_at(out, j, size),
                 .c_row = out_row,
                 .t = fb_at(out, j, size),
                 .t_row = out_row,
-                .rows = rows,
                 .cols = fb_min(MIX_COLUMNS, width - j),
                 .depth = fb_min(FB_BLOCK, positions - k0),
                 .first = k0 == 0,
                 .last = k0 + FB_BLOCK >= positions,
             };
-            g.b = workspace;
-            const int finite = k->pack_rows(fb_at(x, k0 * features + j, size), features, g.depth, cols, workspace);
+            const int finite = k->pack_rows(fb_at(m->x, k0 * features + j, size), features, g.depth, cols,
+                                            m->key_mask ? m->key_mask + k0 : NULL, packed);
             for (ptrdiff_t i = 0; i < rows; i += FB_ROWS) {
                 g.rows = fb_min(FB_ROWS, rows - i);
-                fb_product_skipping(k, &g, finite, 0, (char *)workspace + packed);
-                g.a = fb_at(g.a, FB_ROWS * weights_row, size);
+                if (m->causal && !finite) {
+                    g.stage = list.value;
+                    product_causal(k, &g, first_row + i + 1 - k0);
+                } else {
+                    fb_product_skipping(k, &g, finite, list);
+                }
+                g.a = fb_at(g.a, FB_ROWS * positions, size);
                 g.c = g.t = fb_at(g.c, FB_ROWS * out_row, size);
             }
         }
     }
+    return arena.used;
 }
 
-typedef struct mix_task {
+typedef struct mix_job {
     const struct fb_kernels *k;
     const void *weights, *x;
     void *out;
     ptrdiff_t batch, weights_batch, x_batch, positions, features;
-    char *workspace;
-    ptrdiff_t workspace_bytes;
+} mix_job;
+
+typedef struct mix_plan {
+    const mix_job *job;
     ptrdiff_t unit; /* rows that stay together: those of a batch item where there are enough of them */
-} mix_task;
+} mix_plan;
 
 /* All rows of the batch in one line, cut evenly. */
-static void mix_part(void *context, int thread, int part, int parts)
+static ptrdiff_t mix_part(const void *plan, fb_arena arena, int part, int parts)
 {
-    const mix_task *t = context;
-    const ptrdiff_t units = t->batch * t->positions / t->unit, end = units * (part + 1) / parts * t->unit, size = t->k->size;
-    ptrdiff_t row = units * part / parts * t->unit, rows;
-    for (; row < end; row += rows) {
+    const mix_job *t = ((const mix_plan *)plan)->job;
+    const ptrdiff_t unit = ((const mix_plan *)plan)->unit, units = t->batch * t->positions / unit, size = t->k->size;
+    const ptrdiff_t end = units * (part + 1) / parts * unit;
+    fb_mixing m = {.weights = t->weights, .x = t->x, .positions = t->positions, .features = t->features};
+    if (!arena.memory)
+        return fb_mix_rows(t->k, &m, 0, t->positions, NULL, t->features, arena);
+    for (ptrdiff_t row = units * part / parts * unit, rows; row < end; row += rows) {
         const ptrdiff_t b = row / t->positions, i = row % t->positions;
         rows = fb_min(t->positions - i, end - row);
-        fb_mix_rows(t->k, fb_at(t->weights, b * t->weights_batch + i * t->positions, size), t->positions, rows,
-                    fb_at(t->x, b * t->x_batch, size), t->positions, t->features,
-                    fb_at(t->out, row * t->features, size), t->features, t->workspace + thread * t->workspace_bytes);
+        m.weights = fb_at(t->weights, b * t->weights_batch, size);
+        m.x = fb_at(t->x, b * t->x_batch, size);
+        fb_mix_rows(t->k, &m, i, rows, fb_at(t->out, row * t->features, size), t->features, arena);
     }
+    return arena.used;
+}
+
+static ptrdiff_t mix_all(const void *job, fb_arena arena)
+{
+    const mix_job *t = job;
+    if (t->batch == 0 || t->positions == 0 || t->features == 0)
+        return arena.used;
+    const double work = (double)t->batch * (double)t->positions * (double)t->positions * (double)t->features;
+    const int threads = fb_threads(arena, work, t->batch * t->positions);
+    const mix_plan plan = {.job = t, .unit = t->batch < 2 * threads ? 1 : t->positions};
+    const ptrdiff_t limit = plan.unit > 1 ? t->batch : t->batch * t->positions / FB_PART_ROWS;
+    return fb_run(mix_part, &plan, threads, fb_parts(threads, work, limit), arena);
 }
 
 fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights, ptrdiff_t weights_batch, const void *x,
                            ptrdiff_t x_batch, void *out, ptrdiff_t positions, ptrdiff_t features)
 {
-    if (batch == 0 || positions == 0 || features == 0)
-        return FB_OK;
-    const struct fb_kernels *k = fb_kernels_in_use(dtype);
-    const double work = (double)batch * (double)positions * (double)positions * (double)features;
-    const int threads = fb_threads(work, batch * positions);
-    mix_task t = {.k = k, .weights = weights, .x = x, .out = out, .batch = batch, .weights_batch = weights_batch,
-                  .x_batch = x_batch, .positions = positions, .features = features};
-    t.unit = batch < 2 * threads ? 1 : positions;
-    FB_SCRATCH(stack);
-    t.workspace_bytes = fb_round_up(fb_mix_workspace(k, positions, positions, features), 64);
-    if (!(t.workspace = fb_workspace(stack, threads, t.workspace_bytes)))
-        return FB_NO_MEMORY;
-    fb_fp_mode mode = fb_fp_enter();
-    fb_parallel(mix_part, &t, threads, fb_parts(threads, work, t.unit > 1 ? batch : batch * positions / FB_PART_ROWS));
-    fb_fp_leave(mode);
-    fb_workspace_free(stack, t.workspace);
-    return FB_OK;
+    return fb_call(mix_all, &(mix_job){
+        .k = fb_kernels_in_use(dtype), .weights = weights, .x = x, .out = out, .batch = batch, .weights_batch = weights_batch,
+        .x_batch = x_batch, .positions = positions, .features = features,
+    });
 }
 
 fb_status fb_bias_relu(fb_dtype dtype, const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t hidden)
 {
-    if (hidden == 0)
-        return FB_OK;
-    fb_fp_mode mode = fb_fp_enter();
-    fb_kernels_in_use(dtype)->bias_relu(x, bias, out, rows, hidden);
+    const fb_fp_mode mode = fb_fp_enter();
+    if (hidden)
+        fb_kernels_in_use(dtype)->bias_relu(x, bias, out, rows, hidden);
     fb_fp_leave(mode);
     return FB_OK;
 }

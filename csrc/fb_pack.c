@@ -1,4 +1,4 @@
-/* fb_pack.c - memory, and the layout of packed matrices: column panels, k-major, block of 256 k by block.
+/* fb_pack.c - the layout of packed matrices: column panels, k-major, block of 256 k by block.
  *
  * B[k, j] (k < K input, j < N output) of a matrix stands at
  *     block * 256 * N' + (panel * depth + k % 256) * width + j % width,   block = k / 256, panel = j / width,
@@ -6,12 +6,9 @@
  * fewer). A panel of a block is one stream of cache lines, 16 KB, half of an L1 cache. Padding columns are +0.0.
  * fb_panels_keep_rows adds B[k, j] at k * N' + j: whole rows, for products that need few of them.
  */
-#define _DEFAULT_SOURCE /* posix_memalign, madvise */
 #include "fb_kernels.h"
 
-#include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 enum {
     /* Bytes of a matrix whose rows are kept, too: one that an L2 holds is read as fast by panels (1 MiB: 0.82 to 1.16 times
@@ -19,56 +16,31 @@ enum {
     KEEP_ROWS = 2 << 20
 };
 
-void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size)
+void fb_panels_fill(const struct fb_kernels *k, const void *w, ptrdiff_t w_row, fb_panels *out)
 {
-    if (rows < 0 || cols < 0 || (cols && rows > PTRDIFF_MAX / 2 / size / cols))
-        return NULL;
-    size_t bytes = (size_t)fb_round_up(rows * cols * size, 64);
-    void *p;
-#ifdef _WIN32
-    p = _aligned_malloc(bytes ? bytes : 64, 64);
-#else
-    const size_t huge = 2 << 20;
-    if (posix_memalign(&p, bytes >= 2 * huge ? huge : 64, bytes ? bytes : 64))
-        return NULL;
-#ifdef MADV_HUGEPAGE
-    if (bytes >= 2 * huge)
-        madvise(p, bytes, MADV_HUGEPAGE);
-#endif
-#endif
-    return p;
-}
-
-void fb_free(void *p)
-{
-#ifdef _WIN32
-    _aligned_free(p);
-#else
-    free(p);
-#endif
+    char *panel = out->data;
+    for (ptrdiff_t k0 = 0; k0 < out->k; k0 += FB_BLOCK) {
+        const ptrdiff_t depth = fb_min(FB_BLOCK, out->k - k0);
+        for (ptrdiff_t j = 0; j < out->n; j += k->panel) {
+            k->pack(fb_at(w, j * w_row + k0, k->size), w_row, fb_min(k->panel, out->n - j), depth, panel);
+            panel += depth * FB_PANEL_BYTES;
+        }
+    }
 }
 
 fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k, ptrdiff_t w_row, fb_panels *out)
 {
+    const fb_fp_mode mode = fb_fp_enter();
     const struct fb_kernels *kernels = fb_kernels_in_use(dtype);
-    const ptrdiff_t size = kernels->size, width = kernels->panel;
-    if (n > PTRDIFF_MAX - width)
-        return FB_NO_MEMORY;
-    char *panel = fb_alloc(fb_round_up(n, width), k, size);
-    if (!panel)
-        return FB_NO_MEMORY;
-    *out = (fb_panels){.data = panel, .n = n, .k = k, .finite = 1};
-    for (ptrdiff_t k0 = 0; k0 < k; k0 += FB_BLOCK) {
-        const ptrdiff_t depth = fb_min(FB_BLOCK, k - k0);
-        for (ptrdiff_t j = 0; j < n; j += width) {
-            kernels->pack(fb_at(w, j * w_row + k0, size), w_row, fb_min(width, n - j), depth, panel);
-            panel += depth * FB_PANEL_BYTES;
-        }
+    const ptrdiff_t padded = n <= PTRDIFF_MAX - kernels->panel ? fb_round_up(n, kernels->panel) : n;
+    void *data = fb_alloc(padded, k, kernels->size);
+    if (data) {
+        *out = (fb_panels){.data = data, .n = n, .k = k};
+        fb_panels_fill(kernels, w, w_row, out);
+        out->finite = kernels->all_finite(data, padded * k);
     }
-    fb_fp_mode mode = fb_fp_enter();
-    out->finite = kernels->all_finite(out->data, fb_round_up(n, width) * k);
     fb_fp_leave(mode);
-    return FB_OK;
+    return data ? FB_OK : FB_NO_MEMORY;
 }
 
 fb_status fb_panels_keep_rows(fb_dtype dtype, fb_panels *panels)

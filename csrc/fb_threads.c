@@ -25,6 +25,14 @@ static int from_environment(const char *name)
     return n < 1 ? 0 : n > FB_MAX_THREADS ? FB_MAX_THREADS : (int)n;
 }
 
+static ptrdiff_t serial(fb_task *task, const void *job, int parts, fb_arena arena)
+{
+    ptrdiff_t used = task(job, arena, 0, parts); /* all that counts, where there is no memory */
+    for (int part = 1; arena.memory && part < parts; part++)
+        task(job, arena, part, parts);
+    return used;
+}
+
 #if FB_THREADS
 #include <pthread.h>
 #include <signal.h>
@@ -80,7 +88,9 @@ static struct {
     _Atomic int next; /* the first part not yet taken */
     _Atomic int sleepers, caller_sleeps, core; /* the caller's core, if it knew it when it woke the sleepers */
     fb_task *task;
-    void *context;
+    const void *job;
+    char *memory; /* each thread has `each` bytes of it */
+    ptrdiff_t each;
     int parts, workers;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
 
@@ -116,8 +126,9 @@ static void leave_core(int core)
 
 static void take_parts(int thread)
 {
+    const fb_arena own = {.memory = pool.memory + thread * pool.each};
     for (int part; (part = atomic_fetch_add(&pool.next, 1)) < pool.parts;)
-        pool.task(pool.context, thread, part, pool.parts);
+        pool.task(pool.job, own, part, pool.parts);
 }
 
 static int inside(uint64_t call)
@@ -201,7 +212,7 @@ static void start_workers(int wanted)
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
-void fb_parallel(fb_task *task, void *context, int threads, int parts)
+static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t each, int threads, int parts)
 {
     int owner = threads > 1 && parts > 1 && !atomic_exchange(&pool.busy, 1);
     if (owner && pool.workers < threads - 1)
@@ -211,12 +222,13 @@ void fb_parallel(fb_task *task, void *context, int threads, int parts)
         owner = 0;
     }
     if (!owner) {
-        for (int part = 0; part < parts; part++)
-            task(context, 0, part, parts);
+        serial(task, job, parts, (fb_arena){.memory = memory});
         return;
     }
     pool.task = task;
-    pool.context = context;
+    pool.job = job;
+    pool.memory = memory;
+    pool.each = each;
     pool.parts = parts;
     atomic_store(&pool.next, 0);
     atomic_store(&pool.call, ((atomic_load(&pool.call) >> 32) + 1) << 32 | (uint64_t)threads << 16 | OPEN);
@@ -250,11 +262,11 @@ static int available_cpus(void)
     return 1;
 }
 
-void fb_parallel(fb_task *task, void *context, int threads, int parts)
+static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t each, int threads, int parts)
 {
+    (void)each;
     (void)threads;
-    for (int part = 0; part < parts; part++)
-        task(context, 0, part, parts);
+    serial(task, job, parts, (fb_arena){.memory = memory});
 }
 
 #endif
@@ -276,16 +288,29 @@ void fb_set_num_threads(int n)
     atomic_store(&num_threads, n < 0 ? 1 : n > FB_MAX_THREADS ? FB_MAX_THREADS : n);
 }
 
-int fb_threads(double work, ptrdiff_t limit)
+ptrdiff_t fb_run(fb_task *task, const void *job, int threads, int parts, fb_arena arena)
+{
+    if (threads == 1)
+        return serial(task, job, parts, arena);
+    const ptrdiff_t each = task(job, (fb_arena){0}, 0, parts);
+    char *memory = fb_take(&arena, fb_bytes(threads, each, 1));
+    if (memory)
+        parallel(task, job, memory, each, threads, parts);
+    return arena.used;
+}
+
+int fb_threads(fb_arena arena, double work, ptrdiff_t limit)
 {
     if (work < 2 * PART_WORK || limit < 2)
         return 1;
-    ptrdiff_t threads = fb_min(fb_get_num_threads(), limit);
+    ptrdiff_t threads = fb_min(arena.threads, limit);
     return work / PART_WORK < (double)threads ? (int)(work / PART_WORK) : (int)threads;
 }
 
 int fb_parts(int threads, double work, ptrdiff_t limit)
 {
+    if (threads == 1)
+        return 1;
     const ptrdiff_t each = fb_min(fb_min((ptrdiff_t)(work / PART_WORK), limit) / threads, MOST_PARTS);
-    return threads == 1 || each < 2 ? threads : threads * (int)each;
+    return each < 2 ? threads : threads * (int)each;
 }

@@ -22,14 +22,17 @@ Operations.  X has P positions of D features, W1 is (F, D), W2 is (D, F), Wq and
                        in binary64 and rounded to the dtype; over the allowed keys j of position i:
                        m = max S[i,j] (NaN if any is NaN), e[j] = exp(S[i,j] - m),
                        A[i,j] = canonical(e[j] * (1 / chain256_j(e[j], 1)))
-    block              feed_forward(mix_positions(A, X)), A given or from attention_weights
+    block              feed_forward(mix_positions(A, X)) with A given; with A from attention_weights the same, but the
+                       term of a key that is not allowed is fma(+0.0, +0.0, s) whatever X holds there
 
 What follows from the formulas and is easily overlooked:
     A key is allowed if key_mask says True and, with causal, j <= i. Other keys take no part in max or sum and get
     +0.0, even in a row that is NaN otherwise. A row without an allowed key is all +0.0.
     Leaving a key out renumbers nothing: its term is fma(+0.0, 1, s), which is s.
+    So NaN or infinity at a position that may not be seen reaches no other position of a block. Its own row of scores
+    still has it: the block's result there is what its query makes of it.
     A row whose allowed scores are all -inf, or where one is +inf or NaN, is NaN at its allowed keys.
-    0 * inf is NaN here as everywhere: a zero weight does not hide an infinite feature.
+    0 * inf is NaN wherever a key is allowed or A is given: a zero weight does not hide an infinite feature.
     E = 0 makes scale infinite and every score 0 * inf = NaN.
     Results are computed in full before `out` is written, so `out` may overlap any input.
 
@@ -248,15 +251,10 @@ def feed_forward(x, w1, b1, w2, b2, *, out=None):
 def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask=None, out=None):
     """A: row i says how much of every position j goes into position i. key_mask (..., P): True = keep."""
     x, w_q, w_k = _one_dtype(x, w_q, w_k)
-    positions, head_width = x.shape[-2], w_q.shape[0]
+    head_width = w_q.shape[0]
     queries, keys = _project(x, w_q, b_q), _project(x, w_k, b_k)
 
-    allowed = np.ones((*x.shape[:-1], positions), bool)
-    if causal:
-        allowed &= np.tri(positions, dtype=bool)
-    if key_mask is not None:
-        allowed &= np.broadcast_to(key_mask, x.shape[:-1])[..., None, :]
-
+    allowed = _allowed_keys(x, causal, key_mask)
     with np.errstate(all="ignore"):
         scale = (1.0 / np.sqrt(np.float64(head_width))).astype(x.dtype)
         scores = canonical(finish(chain256(queries[..., :, None, :], keys[..., None, :, :])) * scale)
@@ -274,9 +272,30 @@ def block(
         if w_q is None or w_k is None:
             raise ValueError("block needs either weights or both w_q and w_k")
         weights = attention_weights(x, w_q, w_k, b_q, b_k, causal=causal, key_mask=key_mask)
+        mixed = _mix_allowed(weights, x, _allowed_keys(x, causal, key_mask))
     elif causal or key_mask is not None:
         raise ValueError("causal and key_mask go with w_q and w_k; given weights are used as they are")
-    return feed_forward(mix_positions(weights, x), w1, b1, w2, b2, out=out)
+    else:
+        mixed = mix_positions(weights, x)
+    return feed_forward(mixed, w1, b1, w2, b2, out=out)
+
+
+def _allowed_keys(x, causal, key_mask):
+    """(..., P, P): whether position i may see key j."""
+    positions = x.shape[-2]
+    allowed = np.ones((*x.shape[:-1], positions), bool)
+    if causal:
+        allowed &= np.tri(positions, dtype=bool)
+    if key_mask is not None:
+        allowed &= np.broadcast_to(key_mask, x.shape[:-1])[..., None, :]
+    return allowed
+
+
+def _mix_allowed(weights, x, allowed):
+    """Z = A X over the allowed keys: both factors of the other terms are +0.0."""
+    zero = x.dtype.type(0.0)
+    features_first = np.where(allowed[..., :, None, :], np.swapaxes(x, -1, -2)[..., None, :, :], zero)
+    return finish(chain256(np.where(allowed, weights, zero)[..., :, None, :], features_first))
 
 
 def _project(x, w, bias):
