@@ -24,6 +24,7 @@ Results are defined to the last bit by `fastblock.reference`, in plain NumPy, un
 """
 
 import os
+from typing import Any, Literal, overload
 
 try:
     from ._core import (
@@ -78,7 +79,11 @@ __all__ = [
 ]
 
 
-def show_config(mode="stdout"):
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
+def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Print what this build of fastblock is, and what it uses on this machine.
 
     Parameters
@@ -105,3 +110,4 @@ def show_config(mode="stdout"):
     width = max(map(len, facts))
     for name, fact in facts.items():
         print(f"{name:{width}}  {' '.join(fact) if isinstance(fact, list) else fact}")
+    return None

@@ -1,4 +1,4 @@
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, Self, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ def attention_weights(
     b_q: NDArray[_T] | None = None,
     b_k: NDArray[_T] | None = None,
     *,
-    causal: bool = False,
+    causal: bool | np.bool_ = False,
     key_mask: NDArray[np.bool_] | None = None,
     out: NDArray[_T] | None = None,
 ) -> NDArray[_T]: ...
@@ -42,12 +42,16 @@ def set_num_threads(n: SupportsIndex) -> None: ...
 class num_threads:
     n: SupportsIndex
     def __init__(self, n: SupportsIndex) -> None: ...
-    def __enter__(self) -> num_threads: ...
+    def __enter__(self) -> Self: ...
     def __exit__(self, *exception: object) -> None: ...
 
 def _config() -> dict[str, Any]: ...
 
-class PackedBlock:
+def _deliver(y: Any, name: str, out: Any) -> Any: ...
+
+class Packed: ...
+
+class PackedBlock(Packed):
     def __init__(
         self,
         w1: NDArray[Any],
@@ -65,7 +69,7 @@ class PackedBlock:
         x: NDArray[_T],
         weights: NDArray[_T] | None = None,
         *,
-        causal: bool = False,
+        causal: bool | np.bool_ = False,
         key_mask: NDArray[np.bool_] | None = None,
         out: NDArray[_T] | None = None,
     ) -> NDArray[_T]: ...
@@ -89,7 +93,7 @@ class PackedBlock:
     @property
     def b_k(self) -> NDArray[Any] | None: ...
     @property
-    def dtype(self) -> np.dtype[Any]: ...
+    def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]: ...
     @property
     def features(self) -> int: ...
     @property

@@ -1,8 +1,15 @@
-# cython: language_level=3, embedsignature=True, freethreading_compatible=True
+# cython: language_level=3, binding=False, autotestdict=False, freethreading_compatible=True
 """The boundary: check the arguments, allocate, call C once, turn a status into an exception. No arithmetic here.
 
 Arguments that are not directly usable (strided, unaligned) are copied into contiguous arrays; never is a dtype
 converted. `out` is written directly if it can be, else through a temporary array, so that it may overlap an input.
+
+Between the checks and the call Python code may run: in other threads, or in a finaliser when an allocation starts the
+garbage collector. It may resize what was checked. So `readable` and `writable` take the pointers last of all, compare
+each array with what the checks have found, and no Python code runs from there to C.
+
+The first line of a docstring is the signature for `inspect` and `help`. A required argument has the default `_nothing`
+in the code: then a call without it is told its name, which Cython's own message does not know.
 """
 
 import operator
@@ -16,6 +23,21 @@ cimport numpy as cnp
 import numpy as np
 
 cnp.import_array()
+
+cdef extern from *:
+    """
+    #include <stdatomic.h>
+
+    /* What was written before it was set is seen by whoever finds it set, with or without a GIL. */
+    typedef struct { atomic_int set; } fb_flag;
+
+    static inline int flag_is_set(fb_flag *flag) { return atomic_load_explicit(&flag->set, memory_order_acquire); }
+    static inline void set_flag(fb_flag *flag) { atomic_store_explicit(&flag->set, 1, memory_order_release); }
+    """
+    ctypedef struct fb_flag:
+        pass
+    int flag_is_set(fb_flag *) noexcept nogil
+    void set_flag(fb_flag *) noexcept nogil
 
 cdef extern from *:
     """
@@ -34,6 +56,8 @@ cdef extern from *:
     bint PyArray_ISCARRAY_RO(cnp.ndarray)
     bint PyArray_ISCARRAY(cnp.ndarray)
 
+_nothing = type("nothing", (), {})()  # "got nothing"
+
 cdef enum:
     # Below this many multiply-adds (about 10 us) a call keeps the GIL: handing it over would cost more than it gives.
     KEEP_GIL = 300000
@@ -50,9 +74,35 @@ cdef cnp.ndarray base_array(object a, str name, str types):
     """`a` as an exact ndarray: what a subclass says of its shape or dtype may not be what C would read."""
     if PyArray_CheckExact(a):
         return a
-    if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
-        raise TypeError(f"{name}: expected a numpy.ndarray of {types}, got {type(a).__name__}")
+    # Not isinstance: it believes an object that says of itself what its class is.
+    if not cnp.PyArray_Check(a) or issubclass(type(a), np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a numpy.ndarray of {types}, got {type(a).__name__}{remedy(a, name, types)}")
     return cnp.PyArray_FROM_OF(a, cnp.NPY_ARRAY_ENSUREARRAY)
+
+
+cdef str remedy(object a, str name, str types):
+    """How to make an array of what is none; nothing where that would be a guess, or no memory to write a result to."""
+    cls = type(a)
+    if hasattr(cls, "detach") and hasattr(cls, "numpy"):
+        way = f"{name}.detach().numpy()"
+    elif name == "out" or cnp.PyArray_Check(a) or issubclass(cls, np.generic):
+        return ""
+    elif issubclass(cls, (list, tuple, memoryview)) or hasattr(cls, "__array__"):
+        way = f"np.asarray({name}, {'bool' if types == 'bool' else 'np.float32'})"
+    elif hasattr(cls, "__dlpack__"):
+        way = f"np.from_dlpack({name})"
+    else:
+        return ""
+    return f" ({way} gives one)"
+
+
+cdef bint as_bool(object a, str name) except -1:
+    """A bool of Python or NumPy; anything else has a truth, too, but 'no' is true."""
+    if a is True or a is False:
+        return a is True
+    if type(a) is not np.bool_:
+        raise TypeError(f"{name}: expected a bool, got {type(a).__name__}")
+    return a
 
 
 cdef cnp.ndarray as_array(object a, str name):
@@ -139,6 +189,20 @@ cdef cnp.ndarray check_out(object out, tuple shape, cnp.ndarray first, str first
     return array
 
 
+cdef const void *readable(cnp.ndarray a, str name, int kind, Py_ssize_t elements) except? NULL:
+    """The memory of an array, which must still be what the checks have found: so much of this type, contiguous."""
+    if cnp.PyArray_TYPE(a) != kind or not PyArray_ISCARRAY_RO(a) or cnp.PyArray_SIZE(a) != elements:
+        raise RuntimeError(f"{name}: the array was changed during the call")
+    return cnp.PyArray_DATA(a)
+
+
+cdef void *writable(cnp.ndarray a, str name, int kind, Py_ssize_t elements) except? NULL:
+    """The same of an array that C writes."""
+    if not PyArray_ISCARRAY(a):
+        raise RuntimeError(f"{name}: the array was changed during the call")
+    return <void *>readable(a, name, kind, elements)
+
+
 cdef bint overlap(cnp.ndarray a, cnp.ndarray b):
     """Whether two contiguous arrays share a byte."""
     cdef size_t a0 = <size_t>cnp.PyArray_DATA(a), b0 = <size_t>cnp.PyArray_DATA(b)
@@ -166,8 +230,12 @@ cdef object deliver(fb_status status, cnp.ndarray target, cnp.ndarray result, ob
     return result if out is None else out
 
 
-cdef fb_dtype dtype_of(cnp.ndarray a):
-    return FB_F32 if cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 else FB_F64
+cdef inline fb_dtype dtype_of(int kind) noexcept nogil:
+    return FB_F32 if kind == cnp.NPY_FLOAT32 else FB_F64
+
+
+cdef inline int kind_of(fb_dtype dtype) noexcept nogil:
+    return cnp.NPY_FLOAT32 if dtype == FB_F32 else cnp.NPY_FLOAT64
 
 
 cdef Py_ssize_t rows_of(cnp.ndarray x):
@@ -181,22 +249,20 @@ cdef Py_ssize_t rows_of(cnp.ndarray x):
 
 # ---- packing
 
-cdef pack(cnp.ndarray w, fb_panels *out):
-    """Copy a matrix into panels; rows may be strided, features must be contiguous (else they are copied first)."""
+cdef pack(cnp.ndarray w, str name, int kind, Py_ssize_t n, Py_ssize_t k, fb_panels *out):
+    """Copy a matrix (n, k) into panels."""
     cdef fb_status status
-    cdef fb_dtype dtype = dtype_of(w)
     w = contiguous(w)
-    cdef const void *data = cnp.PyArray_DATA(w)
-    cdef Py_ssize_t n = cnp.PyArray_DIM(w, 0), k = cnp.PyArray_DIM(w, 1)
+    cdef const void *data = readable(w, name, kind, n * k)
     with nogil:
-        status = fb_panels_pack(dtype, data, n, k, k, out)
+        status = fb_panels_pack(dtype_of(kind), data, n, k, k, out)
     if status == FB_NO_MEMORY:
-        raise MemoryError(f"packed weights of shape {shape_of(w)} cannot be allocated")
+        raise MemoryError(f"packed weights of shape ({n}, {k}) cannot be allocated")
 
 
-cdef pack_bias(cnp.ndarray bias, void **out):
-    if bias is not None and fb_bias_pack(dtype_of(bias), cnp.PyArray_DATA(bias), cnp.PyArray_DIM(bias, 0), out):
-        raise MemoryError(f"a packed bias of shape {shape_of(bias)} cannot be allocated")
+cdef pack_bias(cnp.ndarray bias, str name, int kind, Py_ssize_t n, void **out):
+    if bias is not None and fb_bias_pack(dtype_of(kind), readable(bias, name, kind, n), n, out):
+        raise MemoryError(f"a packed bias of shape ({n},) cannot be allocated")
 
 
 @cython.auto_pickle(False)
@@ -226,34 +292,38 @@ cdef class Packed:
         return b
 
 
-cdef check_feed_forward(object w1, object b1, object w2, object b2, cnp.ndarray first, str first_name):
-    """(w1, b1, w2, b2) as arrays; w1 (F, D), b1 (F), w2 (D, F), b2 (D)."""
+cdef tuple check_feed_forward(object w1, object b1, object w2, object b2, cnp.ndarray first, str first_name):
+    """(w1, b1, w2, b2) as arrays, w1 (F, D), b1 (F), w2 (D, F), b2 (D), and after them type, F and D."""
+    cdef int kind = cnp.PyArray_TYPE(first)
     w1 = as_array_like(w1, "w1", first, first_name)
     check_matrix(w1, "w1", "F", "D" if first is w1 else last_dim(first) if cnp.PyArray_NDIM(first) else "D")
     hidden, features = w1.shape
     w2 = as_array_like(w2, "w2", first, first_name)
     check_matrix(w2, "w2", features, hidden)
-    return w1, check_bias(b1, "b1", hidden, first, first_name), w2, check_bias(b2, "b2", features, first, first_name)
+    b1, b2 = check_bias(b1, "b1", hidden, first, first_name), check_bias(b2, "b2", features, first, first_name)
+    return w1, b1, w2, b2, kind, hidden, features
 
 
-cdef check_query_key(object w_q, object w_k, object b_q, object b_k, cnp.ndarray first, str first_name,
-                     Py_ssize_t features):
-    """(w_q, w_k, b_q, b_k) as arrays; w_q and w_k (E, D), b_q and b_k (E)."""
+cdef tuple check_query_key(object w_q, object w_k, object b_q, object b_k, cnp.ndarray first, str first_name,
+                           Py_ssize_t features):
+    """(w_q, w_k, b_q, b_k) as arrays, w_q and w_k (E, D), b_q and b_k (E), and after them type, E and D."""
+    cdef int kind = cnp.PyArray_TYPE(first)
     w_q = as_array_like(w_q, "w_q", first, first_name)
     check_matrix(w_q, "w_q", "E", features)
     width = w_q.shape[0]
     w_k = as_array_like(w_k, "w_k", first, first_name)
     check_matrix(w_k, "w_k", width, features)
-    return w_q, w_k, check_bias(b_q, "b_q", width, first, first_name), check_bias(b_k, "b_k", width, first, first_name)
+    b_q, b_k = check_bias(b_q, "b_q", width, first, first_name), check_bias(b_k, "b_k", width, first, first_name)
+    return w_q, w_k, b_q, b_k, kind, width, features
 
 
-cdef Packed pack_feed_forward(tuple arrays, Packed packed):
-    w1, b1, w2, b2 = arrays
-    packed.params.dtype = dtype_of(w1)
-    pack(w1, &packed.params.w1)
-    pack(w2, &packed.params.w2)
-    pack_bias(b1, &packed.params.b1)
-    pack_bias(b2, &packed.params.b2)
+cdef Packed pack_feed_forward(tuple checked, Packed packed):
+    w1, b1, w2, b2, kind, hidden, features = checked
+    packed.params.dtype = dtype_of(kind)
+    pack(w1, "w1", kind, hidden, features, &packed.params.w1)
+    pack(w2, "w2", kind, features, hidden, &packed.params.w2)
+    pack_bias(b1, "b1", kind, hidden, &packed.params.b1)
+    pack_bias(b2, "b2", kind, features, &packed.params.b2)
     return packed
 
 
@@ -265,13 +335,13 @@ cdef keep_rows(Packed packed):
         raise MemoryError(f"packed weights of shape ({packed.params.w2.n}, {packed.params.w2.k}) cannot be allocated")
 
 
-cdef Packed pack_query_key(tuple arrays, Packed packed):
-    w_q, w_k, b_q, b_k = arrays
-    packed.params.dtype = dtype_of(w_q)
-    pack(w_q, &packed.params.w_q)
-    pack(w_k, &packed.params.w_k)
-    pack_bias(b_q, &packed.params.b_q)
-    pack_bias(b_k, &packed.params.b_k)
+cdef Packed pack_query_key(tuple checked, Packed packed):
+    w_q, w_k, b_q, b_k, kind, width, features = checked
+    packed.params.dtype = dtype_of(kind)
+    pack(w_q, "w_q", kind, width, features, &packed.params.w_q)
+    pack(w_k, "w_k", kind, width, features, &packed.params.w_k)
+    pack_bias(b_q, "b_q", kind, width, &packed.params.b_q)
+    pack_bias(b_k, "b_k", kind, width, &packed.params.b_k)
     return packed
 
 
@@ -280,30 +350,31 @@ cdef Packed pack_query_key(tuple arrays, Packed packed):
 cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, object out, str name):
     """out = project(x) for x (..., k)"""
     check_rows(x, name, w.k)
+    cdef int kind = cnp.PyArray_TYPE(x)
+    cdef Py_ssize_t rows = rows_of(x)
     cdef cnp.ndarray result = check_out(out, shape_of(x)[:-1] + (w.n,), x, name)
     x = contiguous(x)
     cdef cnp.ndarray target = target_for(result, (x,))
-    cdef const void *source = cnp.PyArray_DATA(x)
-    cdef void *destination = cnp.PyArray_DATA(target)
-    cdef fb_dtype dtype = dtype_of(x)
-    cdef Py_ssize_t rows = rows_of(x)
+    cdef const void *source = readable(x, name, kind, rows * w.k)
+    cdef void *destination = writable(target, "out", kind, rows * w.n)
     cdef fb_status status
     if <double>rows * w.n * w.k <= KEEP_GIL:
-        status = fb_project(dtype, source, rows, w, bias, relu, destination)
+        status = fb_project(dtype_of(kind), source, rows, w, bias, relu, destination)
     else:
         with nogil:
-            status = fb_project(dtype, source, rows, w, bias, relu, destination)
+            status = fb_project(dtype_of(kind), source, rows, w, bias, relu, destination)
     return deliver(status, target, result, out)
 
 
 cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
     check_rows(x, "x", params.w1.k)
+    cdef int kind = kind_of(params.dtype)
+    cdef Py_ssize_t rows = rows_of(x)
     cdef cnp.ndarray result = check_out(out, shape_of(x), x, "x")
     x = contiguous(x)
     cdef cnp.ndarray target = target_for(result, (x,))
-    cdef const void *source = cnp.PyArray_DATA(x)
-    cdef void *destination = cnp.PyArray_DATA(target)
-    cdef Py_ssize_t rows = rows_of(x)
+    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)
+    cdef void *destination = writable(target, "out", kind, rows * params.w1.k)
     cdef fb_status status
     if 2.0 * rows * params.w1.n * params.w1.k <= KEEP_GIL:
         status = fb_feed_forward(params, source, rows, destination)
@@ -313,15 +384,20 @@ cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
     return deliver(status, target, result, out)
 
 
-cdef tuple mixing_arguments(object weights, cnp.ndarray x, object out):
-    """(weights, x, out, shape) checked and made contiguous; of weights and x, the one with 2 dimensions is shared by
-    the whole batch."""
+cdef struct Sizes:
+    # Of a batch of matrices; the batch strides are 0 where one matrix serves the whole batch.
+    Py_ssize_t batch, positions, features, weights_batch, x_batch
+
+
+cdef tuple mixing_arguments(object weights, cnp.ndarray x, object out, Sizes *sizes):
+    """(weights, x, out) checked, weights and x made contiguous."""
     cdef cnp.ndarray a = as_array_like(weights, "weights", x, "x")
     if cnp.PyArray_NDIM(x) < 2:
         raise wrong_shape("x", "(..., P, D)", x)
     shape = shape_of(x)
-    positions = shape[-2]
-    if cnp.PyArray_NDIM(a) < 2 or shape_of(a)[-2:] != (positions, positions):
+    cdef Py_ssize_t positions = shape[-2], features = shape[-1]
+    cdef int a_dims = cnp.PyArray_NDIM(a)
+    if a_dims < 2 or cnp.PyArray_DIM(a, a_dims - 2) != positions or cnp.PyArray_DIM(a, a_dims - 1) != positions:
         raise wrong_shape("weights", f"(..., {positions}, {positions})", a)
     a_lead, x_lead = shape_of(a)[:-2], shape[:-2]
     lead = x_lead
@@ -332,11 +408,34 @@ cdef tuple mixing_arguments(object weights, cnp.ndarray x, object out):
                              f"got shape {shape_of(a)}")
         check_size(lead + shape[-2:], cnp.PyArray_ITEMSIZE(x))
         if a_lead and a_lead != lead:
-            a = np.broadcast_to(a, lead + shape_of(a)[-2:])
+            a = np.broadcast_to(a, lead + (positions, positions))
         if x_lead and x_lead != lead:
             x = np.broadcast_to(x, lead + shape[-2:])
+    sizes.positions, sizes.features, sizes.batch = positions, features, 1
+    for n in lead:
+        sizes.batch *= n
+    sizes.weights_batch = sizes.positions * sizes.positions if a_lead else 0
+    sizes.x_batch = sizes.positions * sizes.features if x_lead else 0
     cdef cnp.ndarray result = check_out(out, lead + shape[-2:], x, "x")
     return contiguous(a), contiguous(x), result
+
+
+cdef Sizes sizes_of(cnp.ndarray x):
+    """Of x (..., P, D) with weights of its own."""
+    cdef Sizes sizes
+    cdef int i, n = cnp.PyArray_NDIM(x)
+    sizes.positions, sizes.features = cnp.PyArray_DIM(x, n - 2), cnp.PyArray_DIM(x, n - 1)
+    sizes.batch = 1
+    for i in range(n - 2):
+        sizes.batch *= cnp.PyArray_DIM(x, i)
+    sizes.weights_batch = 0
+    sizes.x_batch = sizes.positions * sizes.features if n > 2 else 0
+    return sizes
+
+
+cdef Py_ssize_t matrices(const Sizes *sizes, Py_ssize_t stride):
+    """How many matrices an operand with this batch stride has. (Matrices without elements count as one.)"""
+    return sizes.batch if stride else 1
 
 
 cdef tuple broadcast_lead(tuple a, tuple b):
@@ -347,20 +446,6 @@ cdef tuple broadcast_lead(tuple a, tuple b):
     if any(i != j and i != 1 and j != 1 for i, j in pairs):
         return None
     return tuple([i if j == 1 else j for i, j in pairs])
-
-
-cdef Py_ssize_t batch_of(cnp.ndarray a):
-    cdef Py_ssize_t batch = 1
-    cdef int i
-    for i in range(cnp.PyArray_NDIM(a) - 2):
-        batch *= cnp.PyArray_DIM(a, i)
-    return batch
-
-
-cdef Py_ssize_t batch_stride(cnp.ndarray a):
-    """Elements from one batch item of a contiguous array to the next; 0 if there is one matrix for all."""
-    cdef int n = cnp.PyArray_NDIM(a)
-    return 0 if n == 2 else cnp.PyArray_DIM(a, n - 2) * cnp.PyArray_DIM(a, n - 1)
 
 
 cdef cnp.ndarray check_key_mask(object key_mask, cnp.ndarray x):
@@ -381,14 +466,19 @@ cdef cnp.ndarray check_key_mask(object key_mask, cnp.ndarray x):
     return contiguous(key_mask)
 
 
-cdef const uint8_t *mask_data(cnp.ndarray key_mask):
-    return NULL if key_mask is None else <uint8_t *>cnp.PyArray_DATA(key_mask)
+cdef const uint8_t *mask_data(cnp.ndarray key_mask, Py_ssize_t keys) except? NULL:
+    if key_mask is None:
+        return NULL
+    return <const uint8_t *>readable(key_mask, "key_mask", cnp.NPY_BOOL, keys)
 
 
-cdef run_block(const fb_params *params, object x_, object weights, bint causal, object key_mask, object out):
+cdef run_block(const fb_params *params, object x_, object weights, object causal_, object key_mask, object out):
     """Block.__call__ for any arguments."""
+    cdef bint causal = as_bool(causal_, "causal")
     cdef cnp.ndarray x = as_array(x_, "x"), a = None, mask = None, result, target
-    if dtype_of(x) != params.dtype:
+    cdef int kind = kind_of(params.dtype)
+    cdef Sizes sizes
+    if cnp.PyArray_TYPE(x) != kind:
         raise TypeError(f"x: expected dtype {'float32' if params.dtype == FB_F32 else 'float64'} "
                         f"(as the block), got {x.dtype}")
     if cnp.PyArray_NDIM(x) < 2 or last_dim(x) != params.w1.k:
@@ -397,32 +487,36 @@ cdef run_block(const fb_params *params, object x_, object weights, bint causal, 
         if causal or key_mask is not None:
             raise ValueError("causal, key_mask: they belong to the block's own query-key module and "
                              "cannot be combined with weights")
-        a, x, result = mixing_arguments(weights, x, out)
+        a, x, result = mixing_arguments(weights, x, out, &sizes)
     else:
         if params.w_q.data == NULL:
             raise ValueError("weights: expected an attention weight matrix of shape (..., P, P), got None, and the "
                              "block has no query-key module of its own (w_q, w_k)")
+        sizes = sizes_of(x)
         mask = check_key_mask(key_mask, x)
         result = check_out(out, shape_of(x), x, "x")
         x = contiguous(x)
     target = target_for(result, (x, a, mask))
-    cdef const void *source = cnp.PyArray_DATA(x)
-    cdef const void *mixing = NULL if a is None else cnp.PyArray_DATA(a)
-    cdef void *destination = cnp.PyArray_DATA(target)
-    cdef const uint8_t *mask_bytes = mask_data(mask)
-    cdef Py_ssize_t batch = batch_of(target), positions = cnp.PyArray_DIM(x, cnp.PyArray_NDIM(x) - 2)
-    cdef Py_ssize_t x_batch = batch_stride(x), weights_batch = 0 if a is None else batch_stride(a)
+    cdef Py_ssize_t matrix = sizes.positions * params.w1.k
+    cdef const void *source = readable(x, "x", kind, matrices(&sizes, sizes.x_batch) * matrix)
+    cdef const void *mixing = NULL
+    if a is not None:
+        mixing = readable(a, "weights", kind,
+                          matrices(&sizes, sizes.weights_batch) * sizes.positions * sizes.positions)
+    cdef const uint8_t *mask_bytes = mask_data(mask, sizes.batch * sizes.positions)
+    cdef void *destination = writable(target, "out", kind, sizes.batch * matrix)
     cdef fb_status status
     with nogil:
-        status = fb_block(params, batch, source, x_batch, positions, mixing, weights_batch, causal, mask_bytes,
-                          destination)
+        status = fb_block(params, sizes.batch, source, sizes.x_batch, sizes.positions, mixing, sizes.weights_batch,
+                          causal, mask_bytes, destination)
     return deliver(status, target, result, out)
 
 
 # ---- operations
 
-def mix_positions(weights, x, *, out=None):
-    """Combine features across positions: ``Z = A X``.
+def mix_positions(weights=_nothing, x=_nothing, *, out=None):
+    """mix_positions(weights, x, *, out=None)\n--\n\n\
+    Combine features across positions: ``Z = A X``.
 
     ::
 
@@ -463,25 +557,29 @@ def mix_positions(weights, x, *, out=None):
            [10., 20., 30.]], dtype=float32)
     """
     cdef cnp.ndarray x_array = as_array(x, "x"), a, result, target
-    a, x_array, result = mixing_arguments(weights, x_array, out)
+    cdef int kind = cnp.PyArray_TYPE(x_array)
+    cdef Sizes sizes
+    a, x_array, result = mixing_arguments(weights, x_array, out, &sizes)
     target = target_for(result, (a, x_array))
-    cdef const void *mixing = cnp.PyArray_DATA(a)
-    cdef const void *source = cnp.PyArray_DATA(x_array)
-    cdef void *destination = cnp.PyArray_DATA(target)
-    cdef Py_ssize_t batch = batch_of(target), a_batch = batch_stride(a), x_batch = batch_stride(x_array)
-    cdef Py_ssize_t positions = cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 1), features = last_dim(x_array)
-    cdef fb_dtype dtype = dtype_of(x_array)
+    cdef Py_ssize_t matrix = sizes.positions * sizes.features
+    cdef const void *mixing = readable(a, "weights", kind,
+                                       matrices(&sizes, sizes.weights_batch) * sizes.positions * sizes.positions)
+    cdef const void *source = readable(x_array, "x", kind, matrices(&sizes, sizes.x_batch) * matrix)
+    cdef void *destination = writable(target, "out", kind, sizes.batch * matrix)
     cdef fb_status status
-    if <double>batch * positions * positions * features <= KEEP_GIL:
-        status = fb_mix_positions(dtype, batch, mixing, a_batch, source, x_batch, destination, positions, features)
+    if <double>sizes.batch * matrix * sizes.positions <= KEEP_GIL:
+        status = fb_mix_positions(dtype_of(kind), sizes.batch, mixing, sizes.weights_batch, source, sizes.x_batch,
+                                  destination, sizes.positions, sizes.features)
     else:
         with nogil:
-            status = fb_mix_positions(dtype, batch, mixing, a_batch, source, x_batch, destination, positions, features)
+            status = fb_mix_positions(dtype_of(kind), sizes.batch, mixing, sizes.weights_batch, source, sizes.x_batch,
+                                      destination, sizes.positions, sizes.features)
     return deliver(status, target, result, out)
 
 
-def bias_relu(x, bias, *, out=None):
-    """Add a bias and set negative values to zero: ``relu(x + bias)``.
+def bias_relu(x=_nothing, bias=_nothing, *, out=None):
+    """bias_relu(x, bias, *, out=None)\n--\n\n\
+    Add a bias and set negative values to zero: ``relu(x + bias)``.
 
     ::
 
@@ -518,26 +616,27 @@ def bias_relu(x, bias, *, out=None):
            [3., 0.]])
     """
     cdef cnp.ndarray x_array = as_array(x, "x"), target
-    cdef cnp.ndarray b = as_array_like(bias, "bias", x_array, "x")
+    cdef cnp.ndarray b = as_array_like(bias, "bias", x_array, "x")  # required: check_bias takes None, too
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape("x", "(..., F)", x_array)
-    b = check_bias(b, "bias", last_dim(x_array), x_array, "x")
+    cdef int kind = cnp.PyArray_TYPE(x_array)
+    cdef Py_ssize_t rows = rows_of(x_array), hidden = last_dim(x_array)
+    b = check_bias(b, "bias", hidden, x_array, "x")
     cdef cnp.ndarray result = check_out(out, shape_of(x_array), x_array, "x")
     x_array = contiguous(x_array)
     target = target_for(result, (x_array, b))
-    cdef const void *source = cnp.PyArray_DATA(x_array)
-    cdef const void *bias_data = cnp.PyArray_DATA(b)
-    cdef void *destination = cnp.PyArray_DATA(target)
-    cdef Py_ssize_t rows = rows_of(x_array), hidden = last_dim(x_array)
-    cdef fb_dtype dtype = dtype_of(x_array)
+    cdef const void *source = readable(x_array, "x", kind, rows * hidden)
+    cdef const void *bias_data = readable(b, "bias", kind, hidden)
+    cdef void *destination = writable(target, "out", kind, rows * hidden)
     cdef fb_status status
     with nogil:
-        status = fb_bias_relu(dtype, source, bias_data, destination, rows, hidden)
+        status = fb_bias_relu(dtype_of(kind), source, bias_data, destination, rows, hidden)
     return deliver(status, target, result, out)
 
 
-def up_project(x, w1, b1=None, *, out=None):
-    """First layer of the feed-forward network: ``relu(x W1^T + b1)``.
+def up_project(x=_nothing, w1=_nothing, b1=None, *, out=None):
+    """up_project(x, w1, b1=None, *, out=None)\n--\n\n\
+    First layer of the feed-forward network: ``relu(x W1^T + b1)``.
 
     ::
 
@@ -579,8 +678,9 @@ def up_project(x, w1, b1=None, *, out=None):
     return project_once(x, "x", w1, "w1", "F", b1, "b1", True, out)
 
 
-def down_project(h, w2, b2=None, *, out=None):
-    """Second layer of the feed-forward network: ``h W2^T + b2``.
+def down_project(h=_nothing, w2=_nothing, b2=None, *, out=None):
+    """down_project(h, w2, b2=None, *, out=None)\n--\n\n\
+    Second layer of the feed-forward network: ``h W2^T + b2``.
 
     ::
 
@@ -629,17 +729,20 @@ cdef project_once(object x, str x_name, object w, str w_name, str n_name, object
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape(x_name, f"(..., {'D' if relu else 'F'})", x_array)
     check_matrix(w_array, w_name, n_name, last_dim(x_array))
-    cdef cnp.ndarray bias = check_bias(b, b_name, cnp.PyArray_DIM(w_array, 0), x_array, x_name)
-    cdef cnp.ndarray result = check_out(out, shape_of(x_array)[:-1] + (cnp.PyArray_DIM(w_array, 0),), x_array, x_name)
+    cdef int kind = cnp.PyArray_TYPE(x_array)
+    cdef Py_ssize_t n = cnp.PyArray_DIM(w_array, 0), k = last_dim(x_array)
+    cdef cnp.ndarray bias = check_bias(b, b_name, n, x_array, x_name)
+    cdef cnp.ndarray result = check_out(out, shape_of(x_array)[:-1] + (n,), x_array, x_name)
     cdef Packed packed = Packed()
-    packed.params.dtype = dtype_of(x_array)
-    pack(w_array, &packed.params.w1)
-    pack_bias(bias, &packed.params.b1)
+    packed.params.dtype = dtype_of(kind)
+    pack(w_array, w_name, kind, n, k, &packed.params.w1)
+    pack_bias(bias, b_name, kind, n, &packed.params.b1)
     return project(x_array, &packed.params.w1, packed.params.b1, relu, result if out is None else out, x_name)
 
 
-def feed_forward(x, w1, b1, w2, b2, *, out=None):
-    """The position-wise feed-forward network: ``down_project(up_project(x, w1, b1), w2, b2)``.
+def feed_forward(x=_nothing, w1=_nothing, b1=_nothing, w2=_nothing, b2=_nothing, *, out=None):
+    """feed_forward(x, w1, b1, w2, b2, *, out=None)\n--\n\n\
+    The position-wise feed-forward network: ``down_project(up_project(x, w1, b1), w2, b2)``.
 
     ::
 
@@ -686,14 +789,16 @@ def feed_forward(x, w1, b1, w2, b2, *, out=None):
     cdef cnp.ndarray x_array = as_array(x, "x")
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape("x", "(..., D)", x_array)
-    arrays = check_feed_forward(w1, b1, w2, b2, x_array, "x")
+    checked = check_feed_forward(w1, b1, w2, b2, x_array, "x")
     cdef cnp.ndarray result = check_out(out, shape_of(x_array), x_array, "x")
-    cdef Packed packed = pack_feed_forward(arrays, Packed())
+    cdef Packed packed = pack_feed_forward(checked, Packed())
     return run_feed_forward(&packed.params, x_array, result if out is None else out)
 
 
-def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask=None, out=None):
-    """The query-key attention module: ``A = softmax(Q K^T / sqrt(E))``.
+def attention_weights(x=_nothing, w_q=_nothing, w_k=_nothing, b_q=None, b_k=None, *, causal=False, key_mask=None,
+                      out=None):
+    """attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask=None, out=None)\n--\n\n\
+    The query-key attention module: ``A = softmax(Q K^T / sqrt(E))``.
 
     ::
 
@@ -710,7 +815,7 @@ def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask
     w_q, w_k : ndarray (E, D), same dtype
         Weights of the projections, (out, in) as in `torch.nn.Linear`.
     b_q, b_k : ndarray (E,), optional
-    causal : bool
+    causal : bool, optional
         Position i sees the keys 0 .. i only.
     key_mask : ndarray (..., P) of bool, optional
         True keeps a key. It broadcasts to the shape of `x` without the features.
@@ -727,7 +832,7 @@ def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask
     ValueError
         If a shape does not fit or `out` is read-only.
     TypeError
-        If an argument is no array, or the dtypes differ or are not supported.
+        If an argument is no array, or the dtypes differ or are not supported; if `causal` is no bool.
 
     See Also
     --------
@@ -741,24 +846,26 @@ def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask
     array([[1. , 0. ],
            [0.5, 0.5]])
     """
+    cdef bint is_causal = as_bool(causal, "causal")
     cdef cnp.ndarray x_array = as_array(x, "x"), target
     if cnp.PyArray_NDIM(x_array) < 2:
         raise wrong_shape("x", "(..., P, D)", x_array)
-    arrays = check_query_key(w_q, w_k, b_q, b_k, x_array, "x", last_dim(x_array))
+    cdef int kind = cnp.PyArray_TYPE(x_array)
+    cdef Sizes sizes = sizes_of(x_array)
+    cdef Py_ssize_t rows = sizes.batch * sizes.positions
+    checked = check_query_key(w_q, w_k, b_q, b_k, x_array, "x", sizes.features)
     cdef cnp.ndarray mask = check_key_mask(key_mask, x_array)
-    cdef Py_ssize_t positions = cnp.PyArray_DIM(x_array, cnp.PyArray_NDIM(x_array) - 2)
-    cdef cnp.ndarray result = check_out(out, shape_of(x_array)[:-1] + (positions,), x_array, "x")
+    cdef cnp.ndarray result = check_out(out, shape_of(x_array)[:-1] + (sizes.positions,), x_array, "x")
     x_array = contiguous(x_array)
     target = target_for(result, (x_array, mask))
-    cdef Packed packed = pack_query_key(arrays, Packed())
-    cdef const void *source = cnp.PyArray_DATA(x_array)
-    cdef void *destination = cnp.PyArray_DATA(target)
-    cdef const uint8_t *mask_bytes = mask_data(mask)
-    cdef Py_ssize_t batch = batch_of(x_array)
-    cdef bint is_causal = causal
+    cdef Packed packed = pack_query_key(checked, Packed())
+    cdef const void *source = readable(x_array, "x", kind, rows * sizes.features)
+    cdef const uint8_t *mask_bytes = mask_data(mask, rows)
+    cdef void *destination = writable(target, "out", kind, rows * sizes.positions)
     cdef fb_status status
     with nogil:
-        status = fb_attention_weights(&packed.params, batch, source, positions, is_causal, mask_bytes, destination)
+        status = fb_attention_weights(&packed.params, sizes.batch, source, sizes.positions, is_causal, mask_bytes,
+                                      destination)
     return deliver(status, target, result, out)
 
 
@@ -766,40 +873,99 @@ def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask
 
 @cython.auto_pickle(False)
 cdef class PackedBlock(Packed):
-    """Parameters of a block, checked, copied and packed once; `fastblock.Block` is its public face."""
+    """PackedBlock(w1, b1, w2, b2, *, w_q=None, w_k=None, b_q=None, b_k=None)\n--\n\n\
+    Parameters of a block, checked, copied and packed once; `fastblock.Block` is its public face.
 
-    def __init__(self, w1, b1, w2, b2, *, w_q=None, w_k=None, b_q=None, b_k=None):
-        if self.params.w1.data != NULL:
-            raise RuntimeError("a block cannot be initialised twice: make a new one")
+    They are there from the moment that `ready` is set, and never change again: a call needs no lock.
+    """
+    cdef fb_flag ready
+
+    def __init__(self, w1=_nothing, b1=_nothing, w2=_nothing, b2=_nothing, *, w_q=None, w_k=None, b_q=None, b_k=None):
+        """__init__($self, w1, b1, w2, b2, *, w_q=None, w_k=None, b_q=None, b_k=None)\n--\n\n\
+        Check the parameters against each other, and pack them."""
         first = as_array(w1, "w1")
-        feed_forward_arrays = check_feed_forward(first, b1, w2, b2, first, "w1")
-        query_key_arrays = None
+        feed_forward_checked = check_feed_forward(first, b1, w2, b2, first, "w1")
+        features = feed_forward_checked[-1]
+        query_key_checked = None
         if w_q is not None or w_k is not None:
             for name, w in (("w_q", w_q), ("w_k", w_k)):
                 if w is None:
-                    raise ValueError(f"{name}: expected an array of shape (E, {first.shape[1]}), got None: "
+                    raise ValueError(f"{name}: expected an array of shape (E, {features}), got None: "
                                      "the query-key module needs both w_q and w_k")
-            query_key_arrays = check_query_key(w_q, w_k, b_q, b_k, first, "w1", first.shape[1])
+            query_key_checked = check_query_key(w_q, w_k, b_q, b_k, first, "w1", features)
         elif b_q is not None or b_k is not None:
             raise ValueError("b_q, b_k: expected None without w_q and w_k, got an array")
         cdef Packed packed = Packed()  # all or nothing: a failure leaves this object as it was
-        pack_feed_forward(feed_forward_arrays, packed)
+        pack_feed_forward(feed_forward_checked, packed)
         keep_rows(packed)
-        if query_key_arrays is not None:
-            pack_query_key(query_key_arrays, packed)
-        self.params, packed.params = packed.params, self.params
+        if query_key_checked is not None:
+            pack_query_key(query_key_checked, packed)
+        with cython.critical_section(self):
+            if flag_is_set(&self.ready):  # asked where nothing can come in between: packing let other threads run
+                raise RuntimeError("a block cannot be initialised twice: make a new one")
+            self.params, packed.params = packed.params, self.params
+            set_flag(&self.ready)
 
-    cdef check_ready(self):
-        if self.params.w1.data == NULL:
-            raise RuntimeError("the block has no parameters: its __init__ has not been called")
+    cdef const fb_params *parameters(self) except NULL:
+        if not flag_is_set(&self.ready):
+            raise RuntimeError("the block has no parameters: its __init__ has not been called, or not to its end")
+        return &self.params
 
-    def __call__(self, x, weights=None, *, bint causal=False, key_mask=None, out=None):
+    def __call__(self, x=_nothing, weights=None, *, causal=False, key_mask=None, out=None):
+        """__call__($self, x, weights=None, *, causal=False, key_mask=None, out=None)\n--\n\n\
+        Mix the positions of `x`, then send each through the same two layers.
+
+        ::
+
+            y = relu((A x) w1ᵀ + b1) w2ᵀ + b2        A = weights, or softmax((x w_qᵀ + b_q)(x w_kᵀ + b_k)ᵀ / sqrt(E))
+
+        Parameters
+        ----------
+        x : ndarray, shape (..., P, D)
+            Features of the positions, of the block's dtype.
+        weights : ndarray, shape (..., P, P), optional
+            The attention weight matrix A, one or one for each batch item. Without it the block's own query-key module
+            computes A.
+        causal : bool, optional
+            Position i attends to the positions 0 .. i only. Not with `weights`.
+        key_mask : ndarray of bool, shape (..., P), optional
+            True keeps a key. It broadcasts to the shape of `x` without the features. Not with `weights`.
+        out : ndarray, shape (..., P, D), optional
+            Where to put the result. It may overlap an input.
+
+        Returns
+        -------
+        ndarray, shape (..., P, D)
+            `out`, or a new array.
+
+        Raises
+        ------
+        ValueError
+            A shape does not fit; there are `weights` together with `causal` or `key_mask`, or no weights and the block
+            has no query-key module; `out` is read-only.
+        TypeError
+            An argument is no array, or is not of the block's dtype; `causal` is no bool.
+        RuntimeError
+            The block was never initialised.
+
+        Examples
+        --------
+        >>> one = np.eye(2)
+        >>> block = fastblock.Block(one, None, one, None, w_q=one, w_k=one)
+        >>> x = np.array([[0.0, 2.0], [4.0, 0.0]])
+        >>> block(x, np.array([[1.0, 0.0], [0.5, 0.5]]))
+        array([[0., 2.],
+               [2., 1.]])
+        >>> block(x, key_mask=np.array([True, False]))
+        array([[0., 2.],
+               [0., 2.]])
+        """
         cdef cnp.npy_intp *dims
         cdef Py_ssize_t positions
-        cdef int kind = cnp.NPY_FLOAT32 if self.params.dtype == FB_F32 else cnp.NPY_FLOAT64
-        # The hot path of small blocks: one matrix of weights, everything directly usable.
-        if (key_mask is None and not causal and is_plain(x, kind) and is_plain(weights, kind)
-                and cnp.PyArray_NDIM(x) == 2 and cnp.PyArray_NDIM(weights) == 2 and self.params.w1.data != NULL):
+        cdef int kind = kind_of(self.params.dtype)
+        # The hot path of small blocks: one matrix of weights, everything directly usable. No Python code runs in it.
+        if (key_mask is None and causal is False and is_plain(x, kind) and is_plain(weights, kind)
+                and cnp.PyArray_NDIM(x) == 2 and cnp.PyArray_NDIM(weights) == 2 and flag_is_set(&self.ready)):
             dims = cnp.PyArray_DIMS(x)
             positions = dims[0]
             if (dims[1] == self.params.w1.k and cnp.PyArray_DIM(weights, 0) == positions
@@ -815,89 +981,171 @@ cdef class PackedBlock(Packed):
                             cnp.PyArray_DATA(out)):
                     raise MemoryError("the workspace of the operation cannot be allocated")
                 return out
-        self.check_ready()
-        return run_block(&self.params, x, weights, causal, key_mask, out)
+        return run_block(self.parameters(), x, weights, causal, key_mask, out)
 
-    def feed_forward(self, x, *, out=None):
-        """``relu(x W1^T + b1) W2^T + b2`` with the packed parameters: see `fastblock.feed_forward`."""
-        self.check_ready()
-        return run_feed_forward(&self.params, self.check_input(x, "x"), out)
+    def feed_forward(self, x=_nothing, *, out=None):
+        """feed_forward($self, x, *, out=None)\n--\n\n\
+        ``relu(x W1^T + b1) W2^T + b2`` with the packed parameters: both layers, without mixing positions.
 
-    def up_project(self, x, *, out=None):
-        """``relu(x W1^T + b1)`` with the packed parameters: see `fastblock.up_project`."""
-        self.check_ready()
-        return project(self.check_input(x, "x"), &self.params.w1, self.params.b1, True, out, "x")
+        Parameters
+        ----------
+        x : ndarray, shape (..., D)
+        out : ndarray, shape (..., D), optional
+            Where to put the result. It may overlap `x`.
 
-    def down_project(self, h, *, out=None):
-        """``h W2^T + b2`` with the packed parameters: see `fastblock.down_project`."""
-        self.check_ready()
-        return project(self.check_input(h, "h"), &self.params.w2, self.params.b2, False, out, "h")
+        Returns
+        -------
+        ndarray, shape (..., D)
+            `out`, or a new array.
+
+        See Also
+        --------
+        fastblock.feed_forward : the same for parameters that are used once; errors are the same.
+
+        Examples
+        --------
+        >>> block = fastblock.Block(np.eye(2), np.array([0.0, 0.5]), 2 * np.eye(2), None)
+        >>> block.feed_forward(np.array([[-1.0, 1.0]]))
+        array([[0., 3.]])
+        """
+        cdef const fb_params *params = self.parameters()
+        return run_feed_forward(params, self.check_input(x, "x"), out)
+
+    def up_project(self, x=_nothing, *, out=None):
+        """up_project($self, x, *, out=None)\n--\n\n\
+        ``relu(x W1^T + b1)`` with the packed parameters: the first layer.
+
+        Parameters
+        ----------
+        x : ndarray, shape (..., D)
+        out : ndarray, shape (..., F), optional
+            Where to put the result. It may overlap `x`.
+
+        Returns
+        -------
+        ndarray, shape (..., F)
+            `out`, or a new array.
+
+        See Also
+        --------
+        fastblock.up_project : the same for parameters that are used once; errors are the same.
+
+        Examples
+        --------
+        >>> block = fastblock.Block(np.eye(2), np.array([0.0, 0.5]), 2 * np.eye(2), None)
+        >>> block.up_project(np.array([[-1.0, 1.0]]))
+        array([[0. , 1.5]])
+        """
+        cdef const fb_params *params = self.parameters()
+        return project(self.check_input(x, "x"), &params.w1, params.b1, True, out, "x")
+
+    def down_project(self, h=_nothing, *, out=None):
+        """down_project($self, h, *, out=None)\n--\n\n\
+        ``h W2^T + b2`` with the packed parameters: the second layer.
+
+        Parameters
+        ----------
+        h : ndarray, shape (..., F)
+        out : ndarray, shape (..., D), optional
+            Where to put the result. It may overlap `h`.
+
+        Returns
+        -------
+        ndarray, shape (..., D)
+            `out`, or a new array.
+
+        See Also
+        --------
+        fastblock.down_project : the same for parameters that are used once; errors are the same.
+
+        Examples
+        --------
+        >>> block = fastblock.Block(np.eye(2), np.array([0.0, 0.5]), 2 * np.eye(2), None)
+        >>> block.down_project(np.array([[0.0, 1.5]]))
+        array([[0., 3.]])
+        """
+        cdef const fb_params *params = self.parameters()
+        return project(self.check_input(h, "h"), &params.w2, params.b2, False, out, "h")
 
     cdef cnp.ndarray check_input(self, object x, str name):
         cdef cnp.ndarray array = as_array(x, name)
-        if dtype_of(array) != self.params.dtype:
+        if cnp.PyArray_TYPE(array) != kind_of(self.params.dtype):
             raise TypeError(f"{name}: expected dtype {self.dtype} (as the block), got {array.dtype}")
         return array
 
     @property
     def dtype(self):
         """dtype of the parameters, and of everything the block takes and gives."""
-        return np.dtype(np.float32 if self.params.dtype == FB_F32 else np.float64)
+        return np.dtype(np.float32 if self.parameters().dtype == FB_F32 else np.float64)
 
     @property
     def features(self):
         """D, features of a position."""
-        return self.params.w1.k
+        return self.parameters().w1.k
 
     @property
     def hidden(self):
         """F, hidden units."""
-        return self.params.w1.n
+        return self.parameters().w1.n
 
     @property
     def head_width(self):
         """E, head width of the query-key module; None without one."""
-        return None if self.params.w_q.data == NULL else self.params.w_q.n
+        cdef const fb_params *params = self.parameters()
+        return None if params.w_q.data == NULL else params.w_q.n
 
     @property
     def w1(self):
         """A copy of the up-projection weights, (F, D)."""
-        return self.unpack(&self.params.w1)
+        return self.unpack(&self.parameters().w1)
 
     @property
     def b1(self):
         """A copy of the up-projection bias, (F,), or None."""
-        return self.unpack_bias(self.params.b1, self.params.w1.n)
+        cdef const fb_params *params = self.parameters()
+        return self.unpack_bias(params.b1, params.w1.n)
 
     @property
     def w2(self):
         """A copy of the down-projection weights, (D, F)."""
-        return self.unpack(&self.params.w2)
+        return self.unpack(&self.parameters().w2)
 
     @property
     def b2(self):
         """A copy of the down-projection bias, (D,), or None."""
-        return self.unpack_bias(self.params.b2, self.params.w2.n)
+        cdef const fb_params *params = self.parameters()
+        return self.unpack_bias(params.b2, params.w2.n)
 
     @property
     def w_q(self):
         """A copy of the query weights, (E, D), or None."""
-        return self.unpack(&self.params.w_q)
+        return self.unpack(&self.parameters().w_q)
 
     @property
     def w_k(self):
         """A copy of the key weights, (E, D), or None."""
-        return self.unpack(&self.params.w_k)
+        return self.unpack(&self.parameters().w_k)
 
     @property
     def b_q(self):
         """A copy of the query bias, (E,), or None."""
-        return self.unpack_bias(self.params.b_q, self.params.w_q.n)
+        cdef const fb_params *params = self.parameters()
+        return self.unpack_bias(params.b_q, params.w_q.n)
 
     @property
     def b_k(self):
         """A copy of the key bias, (E,), or None."""
-        return self.unpack_bias(self.params.b_k, self.params.w_k.n)
+        cdef const fb_params *params = self.parameters()
+        return self.unpack_bias(params.b_k, params.w_k.n)
+
+
+def _deliver(y, str name, out):
+    """What a call has returned that may do as it likes: checked, and in `out` if that is given."""
+    cdef cnp.ndarray array = as_array(y, name)
+    if out is None or y is out:
+        return y
+    np.copyto(check_out(out, shape_of(array), array, name), array)
+    return out
 
 
 # ---- tiers and configuration
@@ -912,7 +1160,8 @@ cdef list tiers(bint usable):
 
 
 def isas():
-    """The names of the tiers (instruction sets) that this CPU can run, fastest first.
+    """isas()\n--\n\n\
+    The names of the tiers (instruction sets) that this CPU can run, fastest first.
 
     Examples
     --------
@@ -924,7 +1173,8 @@ def isas():
 
 
 def isa():
-    """The name of the tier in use.
+    """isa()\n--\n\n\
+    The name of the tier in use.
 
     Examples
     --------
@@ -935,8 +1185,9 @@ def isa():
     return fb_isa_name(fb_isa()).decode()
 
 
-def use_isa(name):
-    """Use the tier `name` from now on, in the whole process. The results are the same bits in every tier.
+def use_isa(name=_nothing):
+    """use_isa(name)\n--\n\n\
+    Use the tier `name` from now on, in the whole process. The results are the same bits in every tier.
 
     Parameters
     ----------
@@ -947,6 +1198,8 @@ def use_isa(name):
     ------
     ValueError
         If this CPU or this build does not have the tier; nothing is changed then.
+    TypeError
+        If `name` is no str.
 
     Examples
     --------
@@ -954,6 +1207,8 @@ def use_isa(name):
     >>> fastblock.use_isa(fastblock.isas()[0])
     """
     cdef int i = 0
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__}")
     while fb_isa_name(i) != NULL:
         if fb_isa_name(i).decode() == name and fb_use_isa(i):
             return
@@ -964,7 +1219,8 @@ def use_isa(name):
 # ---- threads
 
 def get_num_threads():
-    """How many threads a large call may use.
+    """get_num_threads()\n--\n\n\
+    How many threads a large call may use.
 
     The number given to `set_num_threads`, else by the environment variable ``FASTBLOCK_NUM_THREADS``, else by
     ``OMP_NUM_THREADS``, else the CPUs that this process may use (affinity and cgroup quota).
@@ -978,8 +1234,9 @@ def get_num_threads():
     return fb_get_num_threads()
 
 
-def set_num_threads(n):
-    """Let large calls use up to `n` threads from now on, in the whole process. No result depends on it.
+def set_num_threads(n=_nothing):
+    """set_num_threads(n)\n--\n\n\
+    Let large calls use up to `n` threads from now on, in the whole process. No result depends on it.
 
     Parameters
     ----------
@@ -1032,6 +1289,8 @@ class num_threads:
         self.before = []  # one may be entered again inside itself
 
     def __enter__(self):
+        if not hasattr(self, "before"):
+            raise RuntimeError("num_threads has no number: its __init__ has not been called")
         before = get_num_threads()
         set_num_threads(self.n)
         self.before.append(before)
@@ -1070,7 +1329,8 @@ def _fma(a, b, c):
     """fma of equally long contiguous vectors."""
     cdef cnp.ndarray out = np.empty_like(a)
     assert a.flags.c_contiguous and b.flags.c_contiguous and c.flags.c_contiguous and a.size == b.size == c.size
-    fb_fma(dtype_of(a), cnp.PyArray_DATA(a), cnp.PyArray_DATA(b), cnp.PyArray_DATA(c), cnp.PyArray_DATA(out), a.size)
+    fb_fma(dtype_of(cnp.PyArray_TYPE(out)), cnp.PyArray_DATA(a), cnp.PyArray_DATA(b), cnp.PyArray_DATA(c),
+           cnp.PyArray_DATA(out), a.size)
     return out
 
 
@@ -1078,7 +1338,7 @@ def _exp(x):
     """exp of a contiguous vector."""
     cdef cnp.ndarray out = np.empty_like(x)
     assert x.flags.c_contiguous
-    fb_exp(dtype_of(x), cnp.PyArray_DATA(x), cnp.PyArray_DATA(out), x.size)
+    fb_exp(dtype_of(cnp.PyArray_TYPE(out)), cnp.PyArray_DATA(x), cnp.PyArray_DATA(out), x.size)
     return out
 
 

@@ -4,11 +4,24 @@ No arithmetic happens here: `_core.PackedBlock` holds the packed parameters and 
 Python frame in between.
 """
 
-import os
-from collections.abc import Sequence
+from __future__ import annotations
 
-from ._core import PackedBlock
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, overload
+
+import numpy as np
+
+from ._core import PackedBlock, _deliver
 from ._files import read_arrays, write_arrays
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    _T = TypeVar("_T", np.float32, np.float64)
+    # Not Sequence: at run time it is a list or a tuple that holds one matrix for each block.
+    _EachWeights: TypeAlias = list[NDArray[_T] | None] | list[NDArray[_T]] | tuple[NDArray[_T] | None, ...]
+    _Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 PARAMETERS = ("w1", "b1", "w2", "b2", "w_q", "w_k", "b_q", "b_k")
 
@@ -82,22 +95,47 @@ class Block(PackedBlock):
            [3., 4.]], dtype=float32)
     """
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(features={self.features}, hidden={self.hidden}, "
             f"head_width={self.head_width}, dtype={self.dtype})"
         )
 
-    def __reduce__(self):
-        return _restore, (type(self), _parameters(self)), vars(self) or None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (type(self), _parameters(self)), vars(self) or None
 
-    def save(self, path):
-        """Write the parameters to `path`, an .npz file without pickle, whole or not at all."""
+    def save(self, path: _Path) -> None:
+        """Write the parameters to `path`, an .npz file without pickle, whole or not at all.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+            No suffix is added.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; what was there before still is.
+
+        Examples
+        --------
+        >>> block = fastblock.Block(np.eye(2), None, np.eye(2), None)
+        >>> block.save("block.npz")
+        """
         write_arrays(path, "Block", _parameters(self))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: _Path) -> Self:
         """Read a block that `save` has written.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+
+        Returns
+        -------
+        Block
+            Of the class that it was asked of, with the same parameters, bit for bit.
 
         Raises
         ------
@@ -105,12 +143,18 @@ class Block(PackedBlock):
             The file is damaged, or something else than a saved block.
         OSError
             The file cannot be read.
+
+        Examples
+        --------
+        >>> fastblock.Block(np.eye(2), None, np.eye(2), None).save("block.npz")
+        >>> fastblock.Block.load("block.npz")
+        Block(features=2, hidden=2, head_width=None, dtype=float64)
         """
         _, arrays = read_arrays(path, "Block")
         return _from_file(path, _restore, cls, arrays)
 
 
-class Stack(Sequence):
+class Stack(Sequence[Block]):
     """Blocks one after another: the output of one is the input of the next.
 
     Every block has parameters of its own; features and dtype are the same in all. A stack is a sequence of its
@@ -137,20 +181,45 @@ class Stack(Sequence):
     array([[8., 8.]], dtype=float32)
     """
 
-    def __init__(self, blocks):
-        self._blocks = tuple(blocks)
-        if not self._blocks:
+    _blocks: tuple[Block, ...] = ()  # set by __init__, once
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        if self._blocks:
+            raise RuntimeError("a stack cannot be initialised twice: make a new one")
+        if not hasattr(type(blocks), "__iter__") and not hasattr(type(blocks), "__getitem__"):
+            raise TypeError(f"blocks: expected an iterable of Block, got {type(blocks).__name__}")
+        blocks = tuple(blocks)
+        if not blocks:
             raise ValueError("blocks: expected at least one block, got none")
-        for index, block in enumerate(self._blocks):
+        for index, block in enumerate(blocks):
             if not isinstance(block, Block):
                 raise TypeError(f"blocks[{index}]: expected a Block, got {type(block).__name__}")
             for name in ("dtype", "features"):
-                first, this = getattr(self._blocks[0], name), getattr(block, name)
+                first, this = getattr(blocks[0], name), getattr(block, name)
                 if this != first:
                     error = TypeError if name == "dtype" else ValueError
                     raise error(f"blocks[{index}]: expected {name} {first} (as blocks[0]), got {this}")
+        self._blocks = blocks
 
-    def __call__(self, x, weights=None, *, causal=False, key_mask=None, out=None):
+    def _made(self) -> tuple[Block, ...]:
+        """The blocks; a stack without any is one whose __init__ has not been called, or not to its end."""
+        if not self._blocks:
+            raise RuntimeError("the stack has no blocks: its __init__ has not been called, or not to its end")
+        return self._blocks
+
+    def __getstate__(self) -> object:  # pickle and copy
+        self._made()
+        return super().__getstate__()
+
+    def __call__(
+        self,
+        x: NDArray[_T],
+        weights: NDArray[_T] | _EachWeights[_T] | None = None,
+        *,
+        causal: bool | np.bool_ = False,
+        key_mask: NDArray[np.bool_] | None = None,
+        out: NDArray[_T] | None = None,
+    ) -> NDArray[_T]:
         """Feed `x` through all blocks.
 
         Parameters
@@ -173,46 +242,81 @@ class Stack(Sequence):
         ------
         ValueError
             The number of weights is not the number of blocks, or as in a call of a `Block`.
+        TypeError
+            As in a call of a `Block`, or a subclass of `Block` has returned something else than an array.
+
+        Examples
+        --------
+        >>> identity = np.eye(2)
+        >>> stack = fastblock.Stack([fastblock.Block(2 * identity, None, identity, None)] * 2)
+        >>> stack(np.ones((1, 2)), [np.array([[1.0]]), np.array([[10.0]])])
+        array([[40., 40.]])
         """
-        if isinstance(weights, (list, tuple)):
-            if len(weights) != len(self):
-                raise ValueError(f"weights: expected one for each of the {len(self)} blocks, got {len(weights)}")
-        else:
-            weights = [weights] * len(self)
-        spare = None  # the input of the block before, free to become the output of the block after
-        last = len(self) - 1
-        for index, block in enumerate(self._blocks):
+        blocks = self._made()
+        each = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(blocks)
+        if len(each) != len(blocks):
+            raise ValueError(f"weights: expected one for each of the {len(blocks)} blocks, got {len(each)}")
+        # Arrays that this call has made and that only plain blocks have seen can be written again. One that overrides
+        # __call__ may keep what it is given, and return what belongs to somebody else.
+        ours, spare = False, None  # whether x is such an array; one that is not needed any more
+        for index, (block, mixing) in enumerate(zip(blocks, each, strict=True)):
+            plain = type(block).__call__ is PackedBlock.__call__
+            target = out if index == len(blocks) - 1 else None
+            if target is None and plain and spare is not None and _has_shape_of_result(spare, mixing, x):
+                target = spare
             try:
-                target = spare if out is None or index < last else out
-                y = block(x, weights[index], causal=causal, key_mask=key_mask, out=target)
+                y = block(x, mixing, causal=causal, key_mask=key_mask, out=target)
+                if not plain:
+                    y = _deliver(y, f"the result of blocks[{index}]", target)
             except Exception as error:
                 error.add_note(f"in block {index} of the stack")
                 raise
-            spare, x = x if index else None, y
+            spare = x if ours and plain else None
+            x, ours = y, plain
         return x
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]:
         """The dtype of all parameters, inputs and outputs."""
-        return self._blocks[0].dtype
+        return self._made()[0].dtype
 
     @property
-    def features(self):
+    def features(self) -> int:
         """D, the number of features of a position."""
-        return self._blocks[0].features
+        return self._made()[0].features
 
-    def __len__(self):
-        return len(self._blocks)
+    def __len__(self) -> int:
+        return len(self._made())
 
-    def __getitem__(self, index):
-        return type(self)(self._blocks[index]) if isinstance(index, slice) else self._blocks[index]
+    @overload
+    def __getitem__(self, index: int) -> Block: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Block | Self:
+        return type(self)(self._made()[index]) if isinstance(index, slice) else self._made()[index]
 
-    def __repr__(self):
-        blocks = "".join(f"    {block!r},\n" for block in self._blocks)
+    def __repr__(self) -> str:
+        blocks = "".join(f"    {block!r},\n" for block in self._made())
         return f"{type(self).__name__}([\n{blocks}])"
 
-    def save(self, path):
-        """Write the parameters of all blocks to `path`, an .npz file without pickle, whole or not at all."""
+    def save(self, path: _Path) -> None:
+        """Write the parameters of all blocks to `path`, an .npz file without pickle, whole or not at all.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+            No suffix is added.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; what was there before still is.
+
+        Examples
+        --------
+        >>> stack = fastblock.Stack([fastblock.Block(np.eye(2), None, np.eye(2), None)])
+        >>> stack.save("stack.npz")
+        """
         write_arrays(
             path,
             "Stack",
@@ -220,20 +324,51 @@ class Stack(Sequence):
         )
 
     @classmethod
-    def load(cls, path):
-        """Read a stack that `save` has written; errors are those of `Block.load`."""
+    def load(cls, path: _Path) -> Self:
+        """Read a stack that `save` has written; errors are those of `Block.load`.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+
+        Returns
+        -------
+        Stack
+            Of the class that it was asked of.
+
+        Examples
+        --------
+        >>> fastblock.Stack([fastblock.Block(np.eye(2), None, np.eye(2), None)]).save("stack.npz")
+        >>> len(fastblock.Stack.load("stack.npz"))
+        1
+        """
         _, arrays = read_arrays(path, "Stack")
         return _from_file(path, _restore_stack, cls, arrays)
 
 
-def load(path):
+def load(path: _Path) -> Block | Stack:
     """Read a `Block` or a `Stack`, whichever the file holds."""
     kind, arrays = read_arrays(path, "Block", "Stack")
-    return _from_file(path, *((_restore, Block) if kind == "Block" else (_restore_stack, Stack)), arrays)
+    if kind == "Block":
+        return _from_file(path, _restore, Block, arrays)
+    return _from_file(path, _restore_stack, Stack, arrays)
 
 
 def _parameters(block):
     return {name: array for name in PARAMETERS if (array := getattr(block, name)) is not None}
+
+
+def _has_shape_of_result(array: Any, weights: Any, x: Any) -> bool:
+    """Whether a block gives a result of the shape of `array`; False where that is not plain to see."""
+    shared = weights is None or type(weights) is np.ndarray and weights.shape[:-2] in ((), x.shape[:-2])
+    return shared and array.shape == x.shape
+
+
+def _unpickle(cls, parameters):
+    """A block of a class whose __init__ may take other arguments; pickle brings its attributes."""
+    block = PackedBlock.__new__(cls)
+    PackedBlock.__init__(block, **{**dict.fromkeys(PARAMETERS), **parameters})
+    return block
 
 
 def _restore(cls, parameters):

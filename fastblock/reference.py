@@ -39,10 +39,18 @@ What follows from the formulas and is easily overlooked:
 The functions need the default floating-point mode (round to nearest, no flush to zero) in the calling thread.
 """
 
+from __future__ import annotations
+
 import math
 from decimal import Decimal, localcontext
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    _T = TypeVar("_T", np.float32, np.float64)
 
 __all__ = [
     "attention_weights", "bias_relu", "block", "canonical", "chain256", "down_project", "exp", "feed_forward",
@@ -53,7 +61,7 @@ __all__ = [
 # ---- fused multiply-add: one rounding, built from operations that NumPy rounds correctly everywhere
 
 
-def fma(a, b, c):
+def fma(a: NDArray[_T], b: NDArray[_T], c: NDArray[_T]) -> NDArray[_T]:
     """a*b + c rounded once, elementwise; a, b and c are float32 or float64, all the same."""
     with np.errstate(all="ignore"):
         return (_fma32 if c.dtype == np.float32 else _fma64)(a, b, c)
@@ -129,7 +137,7 @@ def _fma64_rational(a, b, c):
 # ---- exp
 
 
-def exp(x):
+def exp(x: NDArray[_T]) -> NDArray[_T]:
     """e**x, elementwise: correctly rounded in float32, less than 1 ulp off in float64; one NaN."""
     with np.errstate(all="ignore"):
         return canonical((_exp32 if x.dtype == np.float32 else _exp64)(x))
@@ -191,7 +199,7 @@ def _power_of_two(n):
 # ---- the rule for sums, and finishing
 
 
-def chain256(a, b):
+def chain256(a: NDArray[_T], b: NDArray[_T]) -> NDArray[_T]:
     """The sum of a[..., k] * b[..., k] over the last axis, by the one rule for sums; a and b broadcast."""
     shape = np.broadcast_shapes(a.shape[:-1], b.shape[:-1])
     terms = a.shape[-1]
@@ -205,50 +213,72 @@ def chain256(a, b):
     return total
 
 
-def canonical(v):
+def canonical(v: NDArray[_T]) -> NDArray[_T]:
     with np.errstate(all="ignore"):
         return np.where(np.isnan(v), v.dtype.type(np.nan), v + 0.0)  # -0.0 + 0.0 is +0.0
 
 
-def finish(total, bias=None):
+def finish(total: NDArray[_T], bias: NDArray[_T] | None = None) -> NDArray[_T]:
     with np.errstate(all="ignore"):
         return canonical(total + (0.0 if bias is None else bias))
 
 
-def relu(v):
+def relu(v: NDArray[_T]) -> NDArray[_T]:
     return np.where((v > 0) | np.isnan(v), v, v.dtype.type(0.0))
 
 
 # ---- operations: any leading batch dimensions
 
 
-def mix_positions(weights, x, *, out=None):
+def mix_positions(weights: NDArray[_T], x: NDArray[_T], *, out: NDArray[_T] | None = None) -> NDArray[_T]:
     """Z = A X: every position becomes a weighted sum of all positions. Leading dimensions broadcast."""
     weights, x = _one_dtype(weights, x)
     features_first = np.swapaxes(x, -1, -2)
     return _put(finish(chain256(weights[..., :, None, :], features_first[..., None, :, :])), out)
 
 
-def bias_relu(x, bias, *, out=None):
+def bias_relu(x: NDArray[_T], bias: NDArray[_T], *, out: NDArray[_T] | None = None) -> NDArray[_T]:
     x, bias = _one_dtype(x, bias)
     return _put(relu(finish(x, bias)), out)
 
 
-def up_project(x, w1, b1=None, *, out=None):
+def up_project(
+    x: NDArray[_T], w1: NDArray[_T], b1: NDArray[_T] | None = None, *, out: NDArray[_T] | None = None
+) -> NDArray[_T]:
     """H = relu(X W1^T + b1)"""
     return _put(relu(_project(x, w1, b1)), out)
 
 
-def down_project(h, w2, b2=None, *, out=None):
+def down_project(
+    h: NDArray[_T], w2: NDArray[_T], b2: NDArray[_T] | None = None, *, out: NDArray[_T] | None = None
+) -> NDArray[_T]:
     """Y = H W2^T + b2"""
     return _put(_project(h, w2, b2), out)
 
 
-def feed_forward(x, w1, b1, w2, b2, *, out=None):
+def feed_forward(
+    x: NDArray[_T],
+    w1: NDArray[_T],
+    b1: NDArray[_T] | None,
+    w2: NDArray[_T],
+    b2: NDArray[_T] | None,
+    *,
+    out: NDArray[_T] | None = None,
+) -> NDArray[_T]:
     return down_project(up_project(x, w1, b1), w2, b2, out=out)
 
 
-def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask=None, out=None):
+def attention_weights(
+    x: NDArray[_T],
+    w_q: NDArray[_T],
+    w_k: NDArray[_T],
+    b_q: NDArray[_T] | None = None,
+    b_k: NDArray[_T] | None = None,
+    *,
+    causal: bool | np.bool_ = False,
+    key_mask: NDArray[np.bool_] | None = None,
+    out: NDArray[_T] | None = None,
+) -> NDArray[_T]:
     """A: row i says how much of every position j goes into position i. key_mask (..., P): True = keep."""
     x, w_q, w_k = _one_dtype(x, w_q, w_k)
     head_width = w_q.shape[0]
@@ -265,8 +295,21 @@ def attention_weights(x, w_q, w_k, b_q=None, b_k=None, *, causal=False, key_mask
 
 
 def block(
-    x, w1, b1, w2, b2, weights=None, *, w_q=None, w_k=None, b_q=None, b_k=None, causal=False, key_mask=None, out=None
-):
+    x: NDArray[_T],
+    w1: NDArray[_T],
+    b1: NDArray[_T] | None,
+    w2: NDArray[_T],
+    b2: NDArray[_T] | None,
+    weights: NDArray[_T] | None = None,
+    *,
+    w_q: NDArray[_T] | None = None,
+    w_k: NDArray[_T] | None = None,
+    b_q: NDArray[_T] | None = None,
+    b_k: NDArray[_T] | None = None,
+    causal: bool | np.bool_ = False,
+    key_mask: NDArray[np.bool_] | None = None,
+    out: NDArray[_T] | None = None,
+) -> NDArray[_T]:
     """The whole block: mix the positions, then the same two layers for each. Shape of x in, shape of x out."""
     if weights is None:
         if w_q is None or w_k is None:

@@ -4,6 +4,7 @@
 """
 
 import gc
+import itertools
 import os
 import re
 import sys
@@ -49,6 +50,7 @@ CALLS = {
 BATCHED = {"x", "h", "weights"}
 OPTIONAL = {"b1", "b2", "b_q", "b_k", "weights"}
 ARGUMENTS = [(call, name) for call, (_, shapes, _) in CALLS.items() for name in shapes]
+WITH_MASK = ["attention_weights", "Block.__call__, own weights", "Stack.__call__, own weights"]
 WITH_OUT = [call for call, (_, _, result) in CALLS.items() if result is not None]
 
 
@@ -58,7 +60,7 @@ def refuse(error, call, bad, out=None):
     good = arrays(shapes)
     if out is None and result is not None:
         out = np.full(result, 7, np.float32)
-    before = out.tobytes() if isinstance(out, np.ndarray) else None
+    before = out.tobytes() if hasattr(out, "tobytes") else None
     keywords = good | bad
     if result is not None:
         keywords.setdefault("out", out)
@@ -120,8 +122,79 @@ def test_not_an_array(call, name):
         if call.startswith("Stack") and name == "weights" and isinstance(value, (list, tuple)):
             continue  # one for each block: see test_block.py
         message = refuse(TypeError, call, {name: value})
-        expected = f"{name}: expected a numpy.ndarray of float32 or float64, got {type(value).__name__}"
-        assert message == expected
+        remedy = f" (np.asarray({name}, np.float32) gives one)" if isinstance(value, (list, tuple, memoryview)) else ""
+        assert message == f"{name}: expected a numpy.ndarray of float32 or float64, got {type(value).__name__}{remedy}"
+
+
+class Tensor:
+    """What torch.Tensor has of what matters here."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def detach(self):
+        return self
+
+    def numpy(self):
+        return self.array
+
+    __array__ = __dlpack__ = None
+
+
+class Frame:
+    """An array of another library."""
+
+    __array__ = __dlpack__ = None
+
+
+class Exchange:
+    """An array of another library that does not know NumPy."""
+
+    __dlpack__ = None
+
+
+@pytest.mark.parametrize(("call", "name"), ARGUMENTS)
+def test_an_array_of_another_library_is_told_how(call, name):
+    expected = f"{name}: expected a numpy.ndarray of float32 or float64, got"
+    for value, way in {
+        Tensor(None): f"{name}.detach().numpy()",
+        Frame(): f"np.asarray({name}, np.float32)",
+        Exchange(): f"np.from_dlpack({name})",
+    }.items():
+        assert refuse(TypeError, call, {name: value}) == f"{expected} {type(value).__name__} ({way} gives one)"
+
+
+def test_the_way_that_is_told_leads_there(same_bytes):
+    x = arrays({"x": (P, D)})["x"]
+    same_bytes(BLOCK(Tensor(x).detach().numpy()), BLOCK(x))
+    same_bytes(BLOCK(np.asarray(x.tolist(), np.float32)), BLOCK(x))
+    mask = refuse(TypeError, "attention_weights", {"key_mask": [True] * P})
+    assert mask == "key_mask: expected a numpy.ndarray of bool, got list (np.asarray(key_mask, bool) gives one)"
+    # Into a new array no result can be written; the memory of a tensor takes it.
+    assert refuse(TypeError, "mix_positions", {}, out=[[0.0]]).endswith(", got list")
+    assert refuse(TypeError, "mix_positions", {}, out=Tensor(x)).endswith(" (out.detach().numpy() gives one)")
+
+
+class Impostor:
+    """Says that it is an ndarray."""
+
+    __class__ = np.ndarray
+    shape = (P, D)
+    ndim = 2
+    dtype = np.dtype(np.float32)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.ones((P, D), np.float32)
+
+
+def test_an_object_whose_class_lies_is_no_array():
+    assert isinstance(Impostor(), np.ndarray)
+    for call, name in ARGUMENTS:
+        assert "got Impostor" in refuse(TypeError, call, {name: Impostor()})
+    for call in WITH_OUT:
+        assert refuse(TypeError, call, {}, out=Impostor()).endswith("got Impostor")
+    for call in WITH_MASK:
+        assert "got Impostor" in refuse(TypeError, call, {"key_mask": Impostor()})
 
 
 @pytest.mark.parametrize(("call", "name"), [(call, name) for call, name in ARGUMENTS if name not in OPTIONAL])
@@ -148,7 +221,7 @@ def test_out(call):
     assert re.match(r"out: .*read-only", message), message
 
 
-@pytest.mark.parametrize("call", ["attention_weights", "Block.__call__, own weights", "Stack.__call__, own weights"])
+@pytest.mark.parametrize("call", WITH_MASK)
 def test_key_mask(call):
     for mask in [np.ones(P, np.int64), np.ones(P, np.float32), np.ones(P, object), [True] * P, True]:
         message = refuse(TypeError, call, {"key_mask": mask})
@@ -157,6 +230,24 @@ def test_key_mask(call):
         message = refuse(ValueError, call, {"key_mask": np.ones(shape, bool)})
         found = re.fullmatch(r"key_mask: expected .*shape .+, got (\(.*\))", message)
         assert found and found[1] == str(shape), message
+
+
+@pytest.mark.parametrize("call", WITH_MASK)
+def test_causal(call, same_bytes):
+    """A bool of Python or NumPy: 'no' is true, and 2 is no answer to a question of yes or no."""
+    for value in ["no", "", 0, 1, 2, 1.0, None, np.int64(1), np.array(True), [True], np.ones(2, bool)]:
+        message = refuse(TypeError, call, {"causal": value})
+        assert message == f"causal: expected a bool, got {type(value).__name__}"
+    function, shapes, _ = CALLS[call]
+    good = arrays(shapes)
+    for value in (True, False):
+        same_bytes(function(**good, causal=np.bool_(value)), function(**good, causal=value), f"causal={value}")
+    assert function(**good, causal=True).tobytes() != function(**good).tobytes()
+
+
+@pytest.mark.parametrize("call", ["Block.__call__", "Stack.__call__"])
+def test_causal_with_weights(call):
+    assert refuse(TypeError, call, {"causal": "no"}) == "causal: expected a bool, got str"
 
 
 def test_leading_dimensions_that_do_not_fit():
@@ -188,6 +279,30 @@ def test_half_a_query_key_module():
     for missing in [("w_q",), ("w_k",), ("w_q", "w_k"), ("w_q", "b_q"), ("w_k", "b_k")]:
         with pytest.raises(ValueError, match="w_q.*w_k"):
             fastblock.Block(**{name: array for name, array in parameters.items() if name not in missing})
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_argument_that_is_missing_is_named(call):
+    function, shapes, _ = CALLS[call]
+    optional = {"weights"} if "__call__" in call else {"w_q", "w_k", "b_q", "b_k"} if call == "Block" else set()
+    if call in ("up_project", "down_project", "attention_weights"):
+        optional = {"b1", "b2", "b_q", "b_k"}
+    good = arrays(shapes)
+    for name in set(shapes) - optional:
+        with pytest.raises(TypeError, match=rf"^{name}: expected .*, got nothing$|missing 1 .* argument: '{name}'$"):
+            function(**{other: array for other, array in good.items() if other != name})
+    any_of_them = "|".join(shapes)
+    with pytest.raises(TypeError, match=rf"^({any_of_them}): expected .*, got nothing$|missing 1 .* argument: 'x'$"):
+        function()
+
+
+def test_other_arguments_that_are_missing_are_named():
+    for function, name in [
+        (fastblock.use_isa, "name"), (fastblock.set_num_threads, "n"),
+        (fastblock.Stack, "blocks"), (BLOCK.save, "path"), (STACK.save, "path"), (fastblock.Block.load, "path"),
+    ]:  # fmt: skip
+        with pytest.raises(TypeError, match=rf"\b{name}\b"):
+            function()
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -252,6 +367,91 @@ def test_array_that_lies(call, same_bytes):
     if "own weights" in call:
         mask = np.arange(P) % 2 == 0
         same_bytes(function(**good, key_mask=mask.view(Liar)), function(**good, key_mask=mask), call)
+
+
+# ---- Python code that runs during a call
+
+
+class Resizing:
+    """Its truth takes away the memory of an array."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __bool__(self):
+        self.array.resize(1, refcheck=False)
+        return True
+
+
+@pytest.mark.parametrize("call", WITH_MASK)
+def test_causal_does_not_run_code(call):
+    function, shapes, result = CALLS[call]
+    good = arrays(shapes)
+    out = np.full(result, 7, np.float32)
+    for victim in (good["x"], out):
+        with pytest.raises(TypeError, match=r"^causal: expected a bool, got Resizing($|\n)"):
+            function(**good, causal=Resizing(victim), out=out)
+        assert victim.size > 1
+
+
+@pytest.mark.parametrize("call", WITH_OUT)
+def test_array_that_is_resized_while_the_result_is_allocated(call, monkeypatch, same_bytes):
+    """As another thread or a finaliser can do it, here in place of the allocation of the result."""
+    function, shapes, result = CALLS[call]
+    empty = np.empty
+    given = {name: (3, *shape) if name == "x" else shape for name, shape in shapes.items()}  # not the hot path
+    if call in WITH_MASK:
+        given["key_mask"] = (3, P)
+    for name, shape in given.items():
+        good = arrays(given)
+        if call in WITH_MASK:
+            good["key_mask"] = good["key_mask"] > 0
+        expected = function(**good)
+        victims = [good[name]]
+
+        def resize_first(*args, **kwargs):
+            while victims:
+                victims.pop().resize([4 * n for n in shape], refcheck=False)  # noqa: B023 (called in this round)
+            return empty(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "empty", resize_first)
+            with pytest.raises((RuntimeError, ValueError), match=rf"^{name}: (the array was changed|expected shape)"):
+                function(**good)
+        assert not victims
+        good[name].resize(shape, refcheck=False)
+        same_bytes(function(**good), expected, name)  # and nothing is broken
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_array_that_is_resized_while_another_is_checked(call, monkeypatch):
+    """The core looks up numpy.ma for an ndarray of a subclass: here this takes away an array that may be checked."""
+    function, shapes, result = CALLS[call]
+
+    class Plain(np.ndarray):
+        pass
+
+    class Resizing:
+        @property
+        def MaskedArray(self):
+            victim.resize(1, refcheck=False)
+            return masked_array
+
+    masked_array = np.ma.MaskedArray
+    names = [*shapes, *(["out"] if result else [])]
+    for name, other in itertools.permutations(names, 2):
+        if call.startswith("Stack") and (name, other) == ("x", "out"):
+            continue  # the first block has long read x when the last one looks at out
+        good = arrays(shapes)
+        if result:
+            good["out"] = np.full(result, 7, np.float32)
+        victim = good[name]
+        good[other] = good[other].view(Plain)
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "ma", Resizing())
+            with pytest.raises((RuntimeError, ValueError), match=r"^\w+: (the array was changed|expected shape)"):
+                function(**good)
+        assert victim.size == 1
 
 
 # ---- nothing to do, and too much to do

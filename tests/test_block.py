@@ -1,8 +1,11 @@
 """`Block` and `Stack`: what they own, keep and hand on. Their arithmetic is tested in test_exact.py."""
 
 import copy
+import operator
 import os
 import pickle
+import threading
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -134,6 +137,167 @@ def test_pickle(make, protocol, dtype, names, same_bytes):
     assert_equal_models(pickle.loads(pickle.dumps(model, protocol)), model, same_bytes)
     assert_equal_models(copy.copy(model), model, same_bytes)
     assert_equal_models(copy.deepcopy(model), model, same_bytes)
+
+
+class Scaled(fastblock.Block):
+    """A subclass whose parameters are made from other arguments."""
+
+    def __init__(self, scale, *, features=5):
+        super().__init__(scale * np.eye(features), None, np.eye(features), None)
+        self.scale = scale
+
+
+def test_subclass_with_arguments_of_its_own(same_bytes):
+    block = Scaled(2.0)
+    for twin in (pickle.loads(pickle.dumps(block)), copy.copy(block), copy.deepcopy(block)):
+        assert type(twin) is Scaled and twin.scale == 2.0
+        same_bytes(twin.w1, block.w1)
+
+
+# ---- half-made objects
+
+
+UNINITIALISED = {
+    "call": lambda block: block(*inputs("f4")),
+    "call, small": lambda block: block(np.ones((2, 0), "f4"), np.ones((2, 2), "f4")),
+    "feed_forward": lambda block: block.feed_forward(inputs("f4")[0]),
+    "up_project": lambda block: block.up_project(inputs("f4")[0]),
+    "down_project": lambda block: block.down_project(inputs("f4")[0]),
+    "repr": repr,
+    "Stack": lambda block: fastblock.Stack([block]),
+    "Stack, second": lambda block: fastblock.Stack([make_stack()[0], block]),
+    "pickle": pickle.dumps,
+    "pickle 0": lambda block: pickle.dumps(block, 0),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{name: operator.attrgetter(name) for name in (*PARAMETERS, "dtype", "features", "hidden", "head_width")},
+}
+
+
+def half_made_blocks():
+    yield fastblock.Block.__new__(fastblock.Block)
+    yield Scaled.__new__(Scaled)
+    block = fastblock.Block.__new__(fastblock.Block)
+    with pytest.raises(ValueError):
+        block.__init__(np.ones((3, 2)), None, np.ones((3, 3)), None)
+    yield block
+
+
+@pytest.mark.parametrize("use", UNINITIALISED.values(), ids=UNINITIALISED)
+def test_block_without_parameters(use):
+    for block in half_made_blocks():
+        with pytest.raises(RuntimeError, match="^the block has no parameters: its __init__ has not been called"):
+            use(block)
+
+
+def test_block_without_parameters_is_not_saved(tmp_path):
+    for block in half_made_blocks():
+        with pytest.raises(RuntimeError, match="^the block has no parameters"):
+            block.save(tmp_path / "block.npz")
+    assert not os.listdir(tmp_path)
+
+
+def test_block_whose_first_initialisation_failed_can_be_initialised(same_bytes):
+    *_, block = half_made_blocks()
+    block.__init__(**make_parameters("f4"))
+    assert_equal_models(block, fastblock.Block(**make_parameters("f4")), same_bytes)
+
+
+def test_a_block_is_initialised_once(monkeypatch, same_bytes):
+    first, second = make_parameters("f4"), make_parameters("f4", seed=1)
+    block = fastblock.Block(**first)
+    with pytest.raises(RuntimeError, match="^a block cannot be initialised twice: make a new one$"):
+        block.__init__(**second)
+    assert_equal_models(block, fastblock.Block(**first), same_bytes)
+
+    # The same while another initialisation is under way, as in two threads: here it runs inside the other's checks.
+    block = fastblock.Block.__new__(fastblock.Block)
+
+    class Plain(np.ndarray):
+        pass
+
+    class Meanwhile:
+        @property
+        def MaskedArray(self):
+            monkeypatch.undo()
+            block.__init__(**first)
+            return np.ma.MaskedArray
+
+    monkeypatch.setattr(np, "ma", Meanwhile())
+    with pytest.raises(RuntimeError, match="^a block cannot be initialised twice: make a new one$"):
+        block.__init__(**second | {"w1": second["w1"].view(Plain)})
+    assert_equal_models(block, fastblock.Block(**first), same_bytes)
+
+
+def test_initialised_by_several_threads(same_bytes):
+    """One succeeds, the others are told; calls in between see no parameters, or all of them."""
+    x = np.ones((3, 64), "f4")
+    weights = np.eye(3, dtype="f4")
+    w2 = np.ones((64, 2048), "f4")
+    candidates = [fastblock.Block(np.full((2048, 64), n, "f4"), None, w2, None) for n in (1, 2, 3)]
+    allowed = {candidate(x, weights).tobytes() for candidate in candidates}
+    parameters = [(candidate.w1, None, candidate.w2, None) for candidate in candidates]
+    for _ in range(10):
+        block = fastblock.Block.__new__(fastblock.Block)
+        start = threading.Barrier(4)
+        outcomes = []
+
+        def initialise(own):
+            start.wait()
+            try:
+                block.__init__(*own)
+                outcomes.append("made")
+            except RuntimeError as error:
+                outcomes.append(str(error))
+
+        def use():
+            start.wait()
+            for _ in range(50):
+                try:
+                    results.append(block(x, weights).tobytes())
+                except RuntimeError:
+                    pass
+
+        results = []
+        threads = [threading.Thread(target=initialise, args=(own,)) for own in parameters]
+        threads.append(threading.Thread(target=use))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == ["a block cannot be initialised twice: make a new one"] * 2 + ["made"]
+        results.append(block(x, weights).tobytes())
+        assert len(set(results)) == 1 and set(results) < allowed
+
+
+@pytest.mark.parametrize(
+    "use",
+    [len, list, repr, bool, pickle.dumps, copy.copy, copy.deepcopy]
+    + [lambda stack: stack(*inputs("f4")), lambda stack: stack[0], lambda stack: stack[:1]]
+    + [lambda stack: stack.dtype, lambda stack: stack.features, lambda stack: stack.save("stack.npz")],
+)
+def test_stack_without_blocks(use, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed = fastblock.Stack.__new__(fastblock.Stack)
+    with pytest.raises(TypeError):
+        failed.__init__([make_stack()[0], 1])
+    for stack in (fastblock.Stack.__new__(fastblock.Stack), failed):
+        with pytest.raises(RuntimeError, match="^the stack has no blocks: its __init__ has not been called"):
+            use(stack)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_stack_is_initialised_once():
+    stack = make_stack()
+    blocks = list(stack)
+    with pytest.raises(RuntimeError, match="^a stack cannot be initialised twice: make a new one$"):
+        stack.__init__(blocks[:1])
+    assert list(stack) == blocks
+
+
+def test_num_threads_without_a_number():
+    with pytest.raises(RuntimeError, match="^num_threads has no number: its __init__ has not been called$"):
+        fastblock.num_threads.__new__(fastblock.num_threads).__enter__()
 
 
 def test_pickle_holds_raw_parameters_only():
@@ -361,20 +525,108 @@ def test_stack_against_the_reference(dtype, same_bytes):
     same_bytes(stack(x), by_reference["own"])
 
 
-def test_stack_allocates_two_arrays_at_most(monkeypatch):
+def test_stack_allocates_two_arrays_at_most():
     """Blocks take turns with two buffers, however many there are."""
-    results = []
+    x = np.ones((7, 2000, 5), "f4")
+    weights = np.eye(2000, dtype="f4")
+    stack = make_stack(count=6)
+    tracemalloc.start()  # NumPy tells it what arrays take
+    try:
+        stack(x, weights)
+        assert 2 * x.nbytes <= tracemalloc.get_traced_memory()[1] < 2.5 * x.nbytes
+    finally:
+        tracemalloc.stop()
 
-    class Watched(fastblock.Block):
-        def __call__(self, *args, **kwargs):
-            results.append(super().__call__(*args, **kwargs))
-            return results[-1]
 
+def test_stack_whose_weights_bring_more_leading_dimensions(dtype, same_bytes):
+    x, shared = inputs(dtype)
+    batched = np.stack([shared, shared[::-1]])
+    stack = make_stack(dtype, count=5)
+    for mixed in (
+        [shared, None, None, batched, shared],
+        [None, None, batched[:1], batched, None],
+        [shared] * 4 + [batched],
+    ):
+        expected = x[0]
+        for block, weights in zip(stack, mixed, strict=True):
+            expected = block(expected, weights)
+        same_bytes(stack(x[0], mixed), expected)
+
+
+# ---- blocks that override __call__
+
+
+class Override(fastblock.Block):
+    """Returns what `answer` makes of its arguments and of the result."""
+
+    answer = None
+
+    def __call__(self, x, weights=None, **rule):
+        return self.answer(x, lambda: super(Override, self).__call__(x, weights, **rule))
+
+
+def make_mixed_stack(answer, where, count):
+    """A stack with an Override at one place, and what the blocks give without it."""
+    blocks = list(make_stack(count=count))
+    blocks[where] = Override(**make_parameters("f4", seed=where))
+    blocks[where].answer = answer
+    return fastblock.Stack(blocks)
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_stack_writes_nothing_that_a_subclass_shares(count, same_bytes):
+    """What it returns may be its input, an array that it keeps, or a view of either; what it was given it may keep."""
     x, weights = inputs("f4")
-    Stack = fastblock.Stack
-    stack = Stack(Watched(**make_parameters("f4", seed=seed)) for seed in range(6))
-    stack(x, weights)
-    assert len({id(array) for array in results}) == 2
+    constant = np.full_like(x, 3)
+    kept = []
+
+    def keep(x, result):
+        kept.append((x, x.copy()))
+        kept.append((result := result(), result.copy()))
+        return result
+
+    answers = {
+        "its input": (lambda x, result: x, lambda x, block: x),
+        "a view of its input": (lambda x, result: x[::-1], lambda x, block: x[::-1]),
+        "an array of its own": (lambda x, result: constant, lambda x, block: constant),
+        "a result that it keeps": (keep, lambda x, block: block(x, weights)),
+    }
+    for name, (answer, meaning) in answers.items():
+        for where in range(count):
+            stack = make_mixed_stack(answer, where, count)
+            plain = list(make_stack(count=count))
+            expected = x
+            for index, block in enumerate(plain):
+                expected = meaning(expected, block) if index == where else block(expected, weights)
+            expected = expected.copy()
+            for out in (None, np.empty_like(x)):
+                given = x.copy()
+                result = stack(given, weights, out=out)
+                same_bytes(result, expected, f"{name}, block {where} of {count}")
+                assert out is None or result is out
+                same_bytes(given, x, f"{name}: the caller's x")
+                same_bytes(constant, np.full_like(x, 3), f"{name}: the block's own array")
+                for array, copied in kept:
+                    if array is not out:
+                        same_bytes(array, copied, "what it has kept")
+                kept.clear()
+
+
+def test_stack_checks_what_a_subclass_returns():
+    x, weights = inputs("f4")
+    for where in range(3):
+        for value, got in [(None, "NoneType"), (x.tolist(), "list"), (x.astype("f2"), "float16")]:
+            stack = make_mixed_stack(lambda x, result: value, where, 3)
+            out = np.full_like(x, 7)
+            for given in (None, out):
+                expected = rf"^the result of blocks\[{where}\]: expected .*, got {got}"
+                with pytest.raises(TypeError, match=expected) as caught:
+                    stack(x, weights, out=given)
+                assert caught.value.__notes__ == [f"in block {where} of the stack"]
+    stack = make_mixed_stack(lambda x, result: x[:1], 2, 3)
+    with pytest.raises(ValueError, match=r"^out: expected shape \(1, 7, 5\), got \(2, 7, 5\)(\n|$)"):
+        stack(x, weights, out=out)
+    assert (out == 7).all()
 
 
 def test_stack_is_a_sequence(same_bytes):
@@ -398,8 +650,16 @@ def test_stack_refuses_what_does_not_fit():
         fastblock.Stack([])
     with pytest.raises(TypeError, match=r"^blocks\[1\]: expected a Block, got function$"):
         fastblock.Stack([block, make_stack])
-    with pytest.raises(TypeError):
-        fastblock.Stack(block)
+    for wrong in (block, 1, None):
+        with pytest.raises(TypeError, match=f"^blocks: expected an iterable of Block, got {type(wrong).__name__}$"):
+            fastblock.Stack(wrong)
+
+    def broken():
+        yield block
+        raise TypeError("in the caller's generator")
+
+    with pytest.raises(TypeError, match="^in the caller's generator$"):
+        fastblock.Stack(broken())
     with pytest.raises(TypeError, match=r"^blocks\[1\]: expected dtype float32 \(as blocks\[0\]\), got float64$"):
         fastblock.Stack([block, make_stack("f8")[0]])
     other = fastblock.Block(np.ones((9, 4), "f4"), None, np.ones((4, 9), "f4"), None)
