@@ -347,6 +347,11 @@ cdef Packed pack_query_key(tuple checked, Packed packed):
 
 # ---- calls of C, from checked arguments
 
+cdef inline bint is_quick(Py_ssize_t rows, Py_ssize_t work):
+    """Whether rows * work multiply-adds are few. In integers: floating-point exceptions belong to the caller here."""
+    return rows <= KEEP_GIL // max(work, 1)
+
+
 cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, object out, str name):
     """out = project(x) for x (..., k)"""
     check_rows(x, name, w.k)
@@ -358,7 +363,7 @@ cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, obj
     cdef const void *source = readable(x, name, kind, rows * w.k)
     cdef void *destination = writable(target, "out", kind, rows * w.n)
     cdef fb_status status
-    if <double>rows * w.n * w.k <= KEEP_GIL:
+    if is_quick(rows, w.n * w.k):
         status = fb_project(dtype_of(kind), source, rows, w, bias, relu, destination)
     else:
         with nogil:
@@ -376,7 +381,7 @@ cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
     cdef const void *source = readable(x, "x", kind, rows * params.w1.k)
     cdef void *destination = writable(target, "out", kind, rows * params.w1.k)
     cdef fb_status status
-    if 2.0 * rows * params.w1.n * params.w1.k <= KEEP_GIL:
+    if is_quick(rows, 2 * params.w1.n * params.w1.k):
         status = fb_feed_forward(params, source, rows, destination)
     else:
         with nogil:
@@ -567,7 +572,7 @@ def mix_positions(weights=_nothing, x=_nothing, *, out=None):
     cdef const void *source = readable(x_array, "x", kind, matrices(&sizes, sizes.x_batch) * matrix)
     cdef void *destination = writable(target, "out", kind, sizes.batch * matrix)
     cdef fb_status status
-    if <double>sizes.batch * matrix * sizes.positions <= KEEP_GIL:
+    if is_quick(sizes.batch, matrix * sizes.positions):
         status = fb_mix_positions(dtype_of(kind), sizes.batch, mixing, sizes.weights_batch, source, sizes.x_batch,
                                   destination, sizes.positions, sizes.features)
     else:
