@@ -90,7 +90,7 @@ FB_EXPORT void fb_set_num_threads(int n); /* n >= 1; 0: the default, min(CPUs of
 /* ---- the primitives of the tier in use, elementwise over n elements */
 void fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n);
 void fb_exp(fb_dtype dtype, const void *x, void *out, ptrdiff_t n);
-/* Keep the FMA units busy with independent chains in registers; *flops receives the operations done. */
-double fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, double *flops);
+/* Keep the FMA units busy with independent chains in registers, in loop 0 or 1; *flops receives the operations done. */
+double fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, int loop, double *flops);
 
 #endif

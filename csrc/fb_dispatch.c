@@ -78,10 +78,10 @@ void fb_exp(fb_dtype dtype, const void *x, void *out, ptrdiff_t n)
     fb_fp_leave(mode);
 }
 
-double fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, double *flops)
+double fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, int loop, double *flops)
 {
     fb_fp_mode mode = fb_fp_enter();
-    double sum = fb_kernels_in_use(dtype)->fma_chains(rounds, flops);
+    double sum = fb_kernels_in_use(dtype)->fma_chains(rounds, loop, flops);
     fb_fp_leave(mode);
     return sum;
 }

@@ -100,7 +100,7 @@ struct fb_kernels {
     void (*fma)(const void *a, const void *b, const void *c, void *out, ptrdiff_t n);
     void (*exp)(const void *x, void *out, ptrdiff_t n);
     /* floating-point work without memory: the peak that benchmarks compare with */
-    double (*fma_chains)(ptrdiff_t rounds, double *flops);
+    double (*fma_chains)(ptrdiff_t rounds, int loop, double *flops);
 };
 
 #define FB_DECLARE_TIER(tier) extern const struct fb_kernels *const fb_kernels_##tier[2]; /* by fb_dtype; NULL: not compiled */

@@ -46,4 +46,4 @@ cdef extern from "fastblock.h" nogil:
     void fb_set_num_threads(int n)
     void fb_fma(fb_dtype, const void *a, const void *b, const void *c, void *out, Py_ssize_t n)
     void fb_exp(fb_dtype, const void *x, void *out, Py_ssize_t n)
-    double fb_fma_chains(fb_dtype, Py_ssize_t rounds, double *flops)
+    double fb_fma_chains(fb_dtype, Py_ssize_t rounds, int loop, double *flops)

@@ -47,7 +47,7 @@ def test_every_length(dtype, every_tier, same_bytes):
 def alone(x, tier):
     """exp of each x in all lanes of two vectors: the bits of one of them, and how many of the others differ from it."""
     lanes = TWO_VECTORS[tier]
-    bits = np.concatenate([_core._exp(np.repeat(part, lanes)) for part in np.array_split(x, -(-x.size // 2**14))])
+    bits = np.concatenate([_core._exp(np.repeat(part, lanes)) for part in np.array_split(x, -(-x.size // 2**11))])
     bits = bits.view(np.uint32).reshape(-1, lanes)
     return bits[:, 0], np.count_nonzero(bits != bits[:, :1])
 
