@@ -4,7 +4,8 @@
  * Shapes: P positions, D features, F hidden, E head width. Activations are row-major with contiguous features; weights
  * are (out, in) row-major and are packed once. dtype is that of all arrays of a call.
  * Aliasing: out must not overlap an input. Threads: every function may be called from several threads at once;
- * the caller's floating-point mode does not matter and is left as it was. Nothing is written before an error.
+ * the caller's floating-point mode does not matter and is left as it was. Nothing is written before FB_NO_MEMORY; after
+ * FB_INTERRUPTED out is undefined.
  */
 #ifndef FASTBLOCK_H
 #define FASTBLOCK_H
@@ -19,7 +20,7 @@
 #endif
 
 typedef enum { FB_F32 = 0, FB_F64 = 1 } fb_dtype;
-typedef enum { FB_OK = 0, FB_NO_MEMORY = 1 } fb_status;
+typedef enum { FB_OK = 0, FB_NO_MEMORY = 1, FB_INTERRUPTED = 2 } fb_status;
 
 /* ---- packed parameters */
 
@@ -86,6 +87,10 @@ int fb_use_isa(int i);
 FB_EXPORT int fb_get_num_threads(void); /* exported for threadpoolctl, which knows a library by its symbols */
 FB_EXPORT void fb_set_num_threads(int n); /* n >= 1; 0: the default, min(CPUs of this process, its CPU quota) or what the
                                    environment says: FASTBLOCK_NUM_THREADS, else OMP_NUM_THREADS */
+
+/* ---- interruption: a call that takes long asks `check` every 30 ms or so, from the thread of the caller, whether to stop,
+ * and if it returns anything but 0 ends with FB_INTERRUPTED. One function for the whole process; NULL: none. */
+void fb_set_interrupt(int (*check)(void));
 
 /* ---- the primitives of the tier in use, elementwise over n elements */
 void fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n);

@@ -71,7 +71,7 @@ static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_aren
     void *scores = fb_take(&arena, fb_bytes(fb_round_up(t->tile, FB_SOFTMAX_ROWS), t->scores_row, size));
     void *queries = fb_take(&arena, fb_stage_bytes(k, t->tile, width));
     void *stage = fb_take(&arena, fb_stage_bytes(k, t->tile, w_q->k));
-    if (!arena.memory)
+    if (!arena.memory || fb_stop((double)rows * (double)positions * (double)(width + 32)))
         return arena.used;
     const ptrdiff_t *key = t->key + b * positions, *ends = t->ends + b * blocks_of(positions);
     const ptrdiff_t allowed = t->packed[b].n;

@@ -174,7 +174,9 @@ fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrd
                    const void *weights, ptrdiff_t weights_batch, int causal, const uint8_t *key_mask, void *out)
 {
     return fb_call(block, &(block_job){
-        .k = fb_kernels_in_use(params->dtype), .params = params, .x = x, .weights = weights, .key_mask = key_mask,
-        .batch = batch, .x_batch = x_batch, .weights_batch = weights_batch, .positions = positions, .causal = causal, .out = out,
+        .k = fb_kernels_in_use(params->dtype), .params = params, .x = x, .weights = weights, .batch = batch, .x_batch = x_batch,
+        .weights_batch = weights_batch, .positions = positions, .out = out,
+        /* weights that are given hold as they stand */
+        .key_mask = weights ? NULL : key_mask, .causal = weights ? 0 : causal,
     });
 }

@@ -129,6 +129,13 @@ typedef ptrdiff_t fb_operation(const void *arguments, fb_arena arena);
 /* Every public function that computes: the operation, in the default floating-point mode, with all the memory that it will
  * need, taken before the first result is written. */
 fb_status fb_call(fb_operation *operation, const void *arguments);
+/* Whether the call that this thread works for is to end; asked before each piece of work, which is `work` multiply-adds and
+ * takes a few milliseconds at most. Whoever is told so returns, with results undefined. */
+int fb_stop(double work);
+/* The call that this thread works for, for the threads that help with it; NULL: none. */
+typedef struct fb_calling fb_calling;
+fb_calling *fb_this_call(void);
+void fb_help_with(fb_calling *call);
 
 /* fb_pack.c: w (out->n, out->k), rows w_row apart, into out->data. */
 void fb_panels_fill(const struct fb_kernels *k, const void *w, ptrdiff_t w_row, fb_panels *out);

@@ -56,6 +56,11 @@ fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptr
     return (fb_left){stage, FB_ROW};
 }
 
+static double work_of(const fb_product *g)
+{
+    return (double)g->rows * (double)g->depth * (double)g->cols;
+}
+
 void fb_matmul(const struct fb_kernels *k, const fb_product *whole, const fb_panels *b, fb_ending ending)
 {
     const ptrdiff_t padded = fb_round_up(b->n, k->panel);
@@ -71,6 +76,8 @@ void fb_matmul(const struct fb_kernels *k, const fb_product *whole, const fb_pan
         ptrdiff_t k0 = 0;
         do { /* loop 4: one block at least, so that an empty sum is +0.0 */
             g.depth = fb_min(FB_BLOCK, b->k - k0);
+            if (fb_stop(work_of(&g)))
+                return;
             g.a = fb_at(whole->a, k0 / FB_BLOCK * g.rows * FB_ROW, k->size);
             g.b = fb_at(b->data, k0 * padded + g.first_col * g.depth, k->size);
             g.first = k0 == 0;
@@ -99,7 +106,9 @@ void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, 
     /* Look at every fourth tile of 6 rows, not at the data's meaning. A tile costs its span, a row its nonzeros. */
     enum { TILE = 6, EVERY = 4 };
     ptrdiff_t seen = 0, spans = 0, nonzeros = 0;
-    if (!finite || (double)g->rows * (double)g->depth * (double)g->cols < SKIP_WORK) {
+    if (fb_stop(work_of(g)))
+        return;
+    if (!finite || work_of(g) < SKIP_WORK) {
         k->product(g);
         return;
     }
@@ -203,6 +212,8 @@ static void product_causal(const struct fb_kernels *k, const fb_product *whole, 
     fb_product g = *whole;
     g.rows = 1;
     for (ptrdiff_t i = 0; i < whole->rows; i++, seen++) {
+        if (fb_stop(work_of(&g)))
+            return;
         g.unseen = fb_max(0, g.depth - fb_max(0, seen));
         k->product(&g);
         g.a = fb_at(g.a, g.a_row, k->size);
@@ -222,7 +233,7 @@ ptrdiff_t fb_mix_rows(const struct fb_kernels *k, const fb_mixing *m, ptrdiff_t 
         return arena.used;
     for (ptrdiff_t j = 0; j < features; j += MIX_COLUMNS) {
         const ptrdiff_t cols = fb_min(MIX_COLUMNS, features - j);
-        for (ptrdiff_t k0 = 0; k0 < positions; k0 += FB_BLOCK) {
+        for (ptrdiff_t k0 = 0; k0 < positions && !fb_stop(0); k0 += FB_BLOCK) {
             fb_product g = {
                 .a = fb_at(m->weights, first_row * positions + k0, size),
                 .a_row = positions,
@@ -306,11 +317,28 @@ fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights,
     });
 }
 
+typedef struct bias_job {
+    const struct fb_kernels *k;
+    const void *x, *bias;
+    void *out;
+    ptrdiff_t rows, hidden;
+} bias_job;
+
+static ptrdiff_t bias_all(const void *job, fb_arena arena)
+{
+    const bias_job *t = job;
+    const ptrdiff_t size = t->k->size, some = fb_max(1, FB_STAGE_BYTES / fb_max(1, t->hidden * size));
+    if (!arena.memory || t->hidden == 0)
+        return arena.used;
+    for (ptrdiff_t i = 0; i < t->rows && !fb_stop((double)some * (double)t->hidden); i += some)
+        t->k->bias_relu(fb_at(t->x, i * t->hidden, size), t->bias, fb_at(t->out, i * t->hidden, size),
+                        fb_min(some, t->rows - i), t->hidden);
+    return arena.used;
+}
+
 fb_status fb_bias_relu(fb_dtype dtype, const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t hidden)
 {
-    const fb_fp_mode mode = fb_fp_enter();
-    if (hidden)
-        fb_kernels_in_use(dtype)->bias_relu(x, bias, out, rows, hidden);
-    fb_fp_leave(mode);
-    return FB_OK;
+    return fb_call(bias_all, &(bias_job){
+        .k = fb_kernels_in_use(dtype), .x = x, .bias = bias, .out = out, .rows = rows, .hidden = hidden,
+    });
 }

@@ -9,6 +9,8 @@
 #define _GNU_SOURCE /* sched_getaffinity */
 #include "fb_kernels.h"
 
+#include <errno.h>
+#include <math.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,7 +30,7 @@ static int from_environment(const char *name)
 static ptrdiff_t serial(fb_task *task, const void *job, int parts, fb_arena arena)
 {
     ptrdiff_t used = task(job, arena, 0, parts); /* all that counts, where there is no memory */
-    for (int part = 1; arena.memory && part < parts; part++)
+    for (int part = 1; arena.memory && part < parts && !fb_stop(0); part++)
         task(job, arena, part, parts);
     return used;
 }
@@ -36,6 +38,7 @@ static ptrdiff_t serial(fb_task *task, const void *job, int parts, fb_arena aren
 #if FB_THREADS
 #include <pthread.h>
 #include <signal.h>
+#include <time.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sched.h>
@@ -76,6 +79,7 @@ static int available_cpus(void)
 enum {
     SPINS = 20000,  /* about 50 us: longer than the serial stretches between two calls of a stack of blocks */
     OPEN = 1 << 15, /* bit of pool.call: parts may be left */
+    WAIT = 30000000, /* nanoseconds */
 };
 
 static struct {
@@ -91,6 +95,7 @@ static struct {
     const void *job;
     char *memory; /* each thread has `each` bytes of it */
     ptrdiff_t each;
+    fb_calling *calling;
     int parts, workers;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
 
@@ -127,7 +132,7 @@ static void leave_core(int core)
 static void take_parts(int thread)
 {
     const fb_arena own = {.memory = pool.memory + thread * pool.each};
-    for (int part; (part = atomic_fetch_add(&pool.next, 1)) < pool.parts;)
+    for (int part; !fb_stop(0) && (part = atomic_fetch_add(&pool.next, 1)) < pool.parts;)
         pool.task(pool.job, own, part, pool.parts);
 }
 
@@ -168,6 +173,7 @@ static void *worker(void *argument)
             enters = atomic_compare_exchange_weak(&pool.call, &call, call + 1);
         if (!enters)
             continue; /* not in this call: the fields of the pool may already belong to the next */
+        fb_help_with(pool.calling);
         take_parts(thread);
         call = atomic_fetch_sub(&pool.call, 1) - 1;
         if (!(call & OPEN) && !inside(call) && atomic_load(&pool.caller_sleeps)) {
@@ -229,6 +235,7 @@ static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t eac
     pool.job = job;
     pool.memory = memory;
     pool.each = each;
+    pool.calling = fb_this_call();
     pool.parts = parts;
     atomic_store(&pool.next, 0);
     atomic_store(&pool.call, ((atomic_load(&pool.call) >> 32) + 1) << 32 | (uint64_t)threads << 16 | OPEN);
@@ -247,8 +254,18 @@ static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t eac
     if (inside(call)) {
         pthread_mutex_lock(&pool.lock);
         atomic_store(&pool.caller_sleeps, 1);
-        while (inside(atomic_load(&pool.call)))
-            pthread_cond_wait(&pool.done, &pool.lock);
+        while (inside(atomic_load(&pool.call))) {
+            struct timespec soon;
+            timespec_get(&soon, TIME_UTC);
+            soon.tv_nsec += WAIT;
+            soon.tv_sec += soon.tv_nsec / 1000000000;
+            soon.tv_nsec %= 1000000000;
+            if (pthread_cond_timedwait(&pool.done, &pool.lock, &soon) == ETIMEDOUT) {
+                pthread_mutex_unlock(&pool.lock);
+                fb_stop(INFINITY); /* the caller asks for all of them */
+                pthread_mutex_lock(&pool.lock);
+            }
+        }
         atomic_store(&pool.caller_sleeps, 0);
         pthread_mutex_unlock(&pool.lock);
     }

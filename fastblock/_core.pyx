@@ -15,6 +15,7 @@ in the code: then a call without it is told its name, which Cython's own message
 import operator
 import os
 import platform
+import threading
 import time
 
 cimport cython
@@ -55,6 +56,14 @@ cdef extern from *:
     bint PyArray_CheckExact(object)
     bint PyArray_ISCARRAY_RO(cnp.ndarray)
     bint PyArray_ISCARRAY(cnp.ndarray)
+
+cdef extern from *:
+    """
+    static int raised(void) { return -1; }
+    """
+    int raised() except -1  # an exception that is already set
+    int PyErr_CheckSignals()  # declared without its exception: it is to stay set until the call has ended
+    unsigned long PyThread_get_thread_ident() noexcept nogil
 
 _nothing = type("nothing", (), {})()  # "got nothing"
 
@@ -221,10 +230,16 @@ cdef cnp.ndarray target_for(cnp.ndarray out, tuple inputs):
     return np.empty(shape_of(out), out.dtype)
 
 
+cdef int raise_status(fb_status status) except -1:
+    if status == FB_INTERRUPTED:
+        return raised()  # by the signal's handler
+    raise MemoryError("the workspace of the operation cannot be allocated")
+
+
 cdef object deliver(fb_status status, cnp.ndarray target, cnp.ndarray result, object out):
     """The caller's own `out`, of whatever class, or the new array."""
-    if status == FB_NO_MEMORY:
-        raise MemoryError("the workspace of the operation cannot be allocated")
+    if status != FB_OK:
+        raise_status(status)
     if target is not result:
         np.copyto(result, target)
     return result if out is None else out
@@ -967,6 +982,7 @@ cdef class PackedBlock(Packed):
         """
         cdef cnp.npy_intp *dims
         cdef Py_ssize_t positions
+        cdef fb_status status
         cdef int kind = kind_of(self.params.dtype)
         # The hot path of small blocks: one matrix of weights, everything directly usable. No Python code runs in it.
         if (key_mask is None and causal is False and is_plain(x, kind) and is_plain(weights, kind)
@@ -982,9 +998,10 @@ cdef class PackedBlock(Packed):
                           and cnp.PyArray_DIM(out, 0) == positions and cnp.PyArray_DIM(out, 1) == dims[1]
                           and not overlap(out, x) and not overlap(out, weights)):
                     return run_block(&self.params, x, weights, False, None, out)
-                if fb_block(&self.params, 1, cnp.PyArray_DATA(x), 0, positions, cnp.PyArray_DATA(weights), 0, 0, NULL,
-                            cnp.PyArray_DATA(out)):
-                    raise MemoryError("the workspace of the operation cannot be allocated")
+                status = fb_block(&self.params, 1, cnp.PyArray_DATA(x), 0, positions, cnp.PyArray_DATA(weights), 0, 0,
+                                  NULL, cnp.PyArray_DATA(out))
+                if status != FB_OK:
+                    raise_status(status)
                 return out
         return run_block(self.parameters(), x, weights, causal, key_mask, out)
 
@@ -1151,6 +1168,22 @@ def _deliver(y, str name, out):
         return y
     np.copyto(check_out(out, shape_of(array), array, name), array)
     return out
+
+
+# ---- signals
+
+cdef unsigned long _main_thread = threading.main_thread().ident
+
+
+cdef int signals_raise() noexcept nogil:
+    """Run the handlers of the signals that have come, where Python does that; whether one has raised an exception."""
+    if PyThread_get_thread_ident() != _main_thread:
+        return 0
+    with gil:
+        return PyErr_CheckSignals()
+
+
+fb_set_interrupt(signals_raise)
 
 
 # ---- tiers and configuration

@@ -70,7 +70,10 @@ class Block(PackedBlock):
     TypeError
         An argument is not an ndarray of float32 or float64, or dtypes differ.
     MemoryError
-        Packed parameters or results do not fit into memory.
+        Packed parameters or results do not fit into memory; `out` is as it was.
+    KeyboardInterrupt
+        Or whatever else a signal's handler raises: a long call in the main thread looks for signals every 30 ms or so.
+        What `out` holds is undefined then.
 
     See Also
     --------

@@ -79,8 +79,9 @@ def _round_to_odd(s, e):
 
     Nothing happens where e is NaN, which is where s is infinite or NaN.
     """
-    towards_zero = e * s < 0
-    return ((s.view(np.int64) - towards_zero) | (towards_zero | (e * s > 0))).view(np.float64)
+    towards_zero = ((e < 0) & (s > 0)) | ((e > 0) & (s < 0))  # not e * s < 0, which may underflow
+    away = ((e > 0) & (s > 0)) | ((e < 0) & (s < 0))
+    return ((s.view(np.int64) - towards_zero) | (towards_zero | away)).view(np.float64)
 
 
 def _fma32(a, b, c):

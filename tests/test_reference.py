@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from adversarial import EXP_HARD_32, exp_points, fma_sets
 
-from fastblock import reference
+from fastblock import _core, reference
 
 NAN, INF = math.nan, math.inf
 
@@ -55,6 +55,22 @@ def test_fma_is_rounded_once(dtype):
             if not (g == w and math.copysign(1, g) == math.copysign(1, w)) and not (math.isnan(g) and math.isnan(w))
         ]
         assert not unequal, (name, len(unequal), unequal[:3])
+
+
+def test_fma_of_a_tie_that_a_tiny_addend_breaks(dtype, same_bytes):
+    """The product lies half way between two numbers; an addend however small decides, on either side and for any sign."""
+    info = np.finfo(dtype)
+    bits, least = info.nmant + 1, int(np.log2(info.smallest_subnormal))
+    one = dtype(1)
+    for exponent in range(least + 2 * bits + 4, info.maxexp - 4, 37):
+        a, b = one + dtype(2.0 ** (1 - bits)), dtype(1.5) * dtype(2.0**exponent)  # 1.5 and half a unit in the last place
+        for c_exponent in {least, least + 1, (least + exponent) // 2, exponent - 2 * bits}:
+            for sign_a in (1, -1):
+                for sign_c in (1, -1):
+                    args = [np.array([v], dtype) for v in (sign_a * a, b, dtype(sign_c) * dtype(2.0**c_exponent))]
+                    want = np.array([fma_by_fractions(*(float(v[0]) for v in args), dtype)], dtype)
+                    same_bytes(reference.fma(*args), want, f"2**{exponent}, 2**{c_exponent}, {sign_a}, {sign_c}")
+                    same_bytes(_core._fma(*args), want, f"the core, 2**{exponent}, 2**{c_exponent}, {sign_a}, {sign_c}")
 
 
 def test_fma_sets_would_find_two_roundings():
