@@ -1,18 +1,37 @@
 """Build of the one extension module; everything else is in pyproject.toml."""
 
 import os
+import re
 import sys
+import tomllib
 from glob import glob
+from importlib.metadata import PackageNotFoundError, version
 
-import numpy
-from setuptools import Extension, setup
+# Without build isolation nobody else asks, and an older setuptools, say, stops at the license with other words.
+with open("pyproject.toml", "rb") as file:
+    build_requirements = tomllib.load(file)["build-system"]["requires"]
+for requirement in build_requirements:
+    name, _, oldest = requirement.split()
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        found = "none"
+    if [*map(int, re.findall(r"\d+", found))] < [*map(int, re.findall(r"\d+", oldest))]:
+        sys.exit(f"Building fastblock needs {requirement}, found {found}: install it, or build with build isolation.")
 
-FROM_ENVIRONMENT = os.environ.get("CFLAGS", "").split()
+import numpy  # noqa: E402 (after the question whether it is there)
+from setuptools import Extension, setup  # noqa: E402
+
+FROM_ENVIRONMENT = " ".join(os.environ.get(name, "") for name in ("CC", "CFLAGS", "CPPFLAGS")).split()
 
 
 def unless_chosen(option):
-    """Our choice of an option (-O3, -g0) where CFLAGS makes none: extra arguments come after CFLAGS and would win."""
-    return [] if any(flag.startswith(option[:2]) for flag in FROM_ENVIRONMENT) else [option]
+    """Our choice of an option (-O3, -g0) where the environment makes none, for extra arguments come last and win.
+
+    What the environment chose is repeated, for it may come before something else; -Ofast is -O3 with -ffast-math.
+    """
+    chosen = [flag for flag in FROM_ENVIRONMENT if flag.startswith(option[:2]) and flag != "-Ofast"]
+    return chosen[-1] if chosen else option
 
 
 if sys.platform == "win32":
@@ -21,11 +40,17 @@ else:
     # -std=gnu11: with c11 gcc computes float in double precision on s390x.
     # -g0: Python's own flags ask for debug information, which would be most of the wheel.
     # -falign-*: the loop over nonzeros takes 1.06 times as long where it does not begin a cache line.
-    # -ffp-contract=off stands last, where nothing can undo it: a multiplication followed by an addition
-    # is two roundings, and one rounding only where the source says fma.
-    compile_args = [*unless_chosen("-O3"), *unless_chosen("-g0"), "-std=gnu11", "-fvisibility=hidden", "-pthread"]
-    compile_args += ["-falign-functions=64", "-falign-loops=64", "-Wall", "-Wextra", "-ffp-contract=off"]
-    link_args = ["-pthread"]
+    # IEEE stands last on both command lines, where nothing from the environment can undo it. A multiplication
+    # followed by an addition is two roundings, and one rounding only where the source says fma; and a link with
+    # -Ofast or -ffast-math would add start-up code that flushes subnormals to zero in the whole process.
+    # Compilations go without -fno-unsafe-math-optimizations: -fno-fast-math implies it, and by itself it makes
+    # clang keep floating-point exceptions exact, which is slow.
+    optimization = unless_chosen("-O3")
+    ieee = ["-fno-associative-math", "-fno-reciprocal-math", "-fsigned-zeros", "-fno-finite-math-only"]
+    ieee += ["-fno-fast-math", "-ffp-contract=off"]
+    compile_args = [optimization, unless_chosen("-g0"), "-std=gnu11", "-fvisibility=hidden", "-pthread"]
+    compile_args += ["-falign-functions=64", "-falign-loops=64", "-Wall", "-Wextra", *ieee]
+    link_args = ["-pthread", optimization, "-fno-unsafe-math-optimizations", *ieee]
 
 setup(
     ext_modules=[
@@ -39,5 +64,6 @@ setup(
             extra_link_args=link_args,
         )
     ],
-    options={"build_ext": {"cython_c_in_temp": True}},
+    # force: what an earlier build left behind may come from other flags, another compiler or another numpy.
+    options={"build_ext": {"cython_c_in_temp": True, "force": True}},
 )

@@ -11,12 +11,15 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0)
-#error "fastblock promises the same bits everywhere: build it without -ffast-math, -Ofast or -ffinite-math-only"
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+#error "fastblock promises the same bits everywhere: build it without -ffast-math, -Ofast and what they consist of"
 #endif
-#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0
+/* 16 says that _Float16 has no excess precision, either. */
+#if defined(__FLT_EVAL_METHOD__) && __FLT_EVAL_METHOD__ != 0 && __FLT_EVAL_METHOD__ != 16
 #error "fastblock needs float and double arithmetic without excess precision (on 32-bit x86: -msse2 -mfpmath=sse)"
 #endif
+_Static_assert(sizeof 1.0 == sizeof(double), "build fastblock without -fsingle-precision-constant");
 
 #define FB_STR_(x) #x
 #define FB_STR(x) FB_STR_(x)

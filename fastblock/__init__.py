@@ -24,7 +24,14 @@ Results are defined to the last bit by `fastblock.reference`, in plain NumPy, un
 """
 
 import os
+import sys
+from binascii import crc32
 from typing import Any, Literal, overload
+
+import numpy as np
+
+# Asked before the core is loaded, after NumPy: what others did is not the core's fault.
+_flushed_before = sys.float_info.min / 2 == 0
 
 try:
     from ._core import (
@@ -77,6 +84,43 @@ __all__ = [
     "up_project",
     "use_isa",
 ]
+
+
+def _results_for_check(library: Any, dtype: str) -> list[Any]:
+    """Sums, products, divisions, exp and zeros that no value-changing optimization leaves as they are."""
+    x = (np.arange(-9, 9) * 0.3125).reshape(3, 6).astype(dtype)
+    weights = library.attention_weights(x, x[:2], x[1:])
+    zeros = np.array([[-0.0, 0.0, -np.inf, 1.0, np.nan, -1.0]], dtype)
+    return [weights, library.mix_positions(weights, x), library.bias_relu(zeros, zeros[0])]
+
+
+# Of the reference's results, little-endian.
+_CHECKSUMS = {"f4": 0xFCCB47D5, "f8": 0xED39F96D}
+
+
+def _check_core() -> None:
+    """Refuse a core whose compiler or linker was told to break the contract (microseconds)."""
+    if sys.float_info.min / 2 == 0 and not _flushed_before:
+        raise ImportError(
+            "Loading the compiled core of fastblock made this process flush subnormal numbers to zero: it was linked "
+            "with -Ofast, -ffast-math or the like. Build it again without them."
+        )
+    chosen = isa()
+    try:
+        for tier in isas():
+            use_isa(tier)
+            for dtype, expected in _CHECKSUMS.items():
+                results = _results_for_check(sys.modules[__name__], dtype)
+                if crc32(b"".join(result.astype("<" + dtype).tobytes() for result in results)) != expected:
+                    raise ImportError(
+                        f"The compiled core of fastblock does not compute the contract {ARITHMETIC} ({tier}, {dtype}): "
+                        "its compiler was told to change values, or is wrong. Build it again without such options."
+                    )
+    finally:
+        use_isa(chosen)
+
+
+_check_core()
 
 
 @overload

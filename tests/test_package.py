@@ -9,8 +9,11 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from binascii import crc32
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import fastblock
@@ -50,8 +53,11 @@ def distributions(source, tmp_path_factory):
     return build(source, tmp_path_factory.mktemp("dist"), CFLAGS="-O0")  # optimising takes long and changes no name
 
 
+UNSET = ("CC", "CFLAGS", "CPPFLAGS", "LDFLAGS", "FASTBLOCK_ISA")
+
+
 def environment(**changes):
-    kept = {name: value for name, value in os.environ.items() if name not in ("CC", "CFLAGS", "FASTBLOCK_ISA")}
+    kept = {name: value for name, value in os.environ.items() if name not in UNSET}
     return kept | changes
 
 
@@ -139,7 +145,10 @@ def test_show_config(capsys):
 
 
 def test_import_from_sources_that_were_not_built(source):
-    result = subprocess.run([sys.executable, "-c", "import fastblock"], cwd=source, capture_output=True, text=True)
+    # -S and NumPy by its path: with the hook of an install in place, the core would be found at the checkout.
+    variables = environment(PYTHONPATH=str(Path(np.__file__).parent.parent))
+    command = [sys.executable, "-S", "-c", "import fastblock"]
+    result = subprocess.run(command, cwd=source, env=variables, capture_output=True, text=True)
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: The compiled core of fastblock is not in ") and "pip install ." in last
 
@@ -223,6 +232,55 @@ def test_fast_math_is_refused(tmp_path):
         assert result.returncode != 0 and "#error" in result.stderr, source.name
 
 
+def test_a_core_that_breaks_the_contract_is_refused(monkeypatch):
+    fastblock._check_core()
+    for dtype, expected in fastblock._CHECKSUMS.items():
+        results = fastblock._results_for_check(fastblock.reference, dtype)
+        assert crc32(b"".join(result.astype("<" + dtype).tobytes() for result in results)) == expected
+    exact = fastblock.attention_weights
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="does not compute the contract chain256-v1"):
+        patch.setattr(fastblock, "attention_weights", lambda *args: np.nextafter(exact(*args), 1, dtype=args[0].dtype))
+        fastblock._check_core()
+    flushing = SimpleNamespace(float_info=SimpleNamespace(min=0.0))
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="flush subnormal numbers to zero"):
+        patch.setattr(fastblock, "sys", flushing)
+        fastblock._check_core()
+
+
+def test_old_build_requirements_are_named(source, tmp_path):
+    (tmp_path / "setuptools-65.5.0.dist-info").mkdir()
+    (tmp_path / "setuptools-65.5.0.dist-info" / "METADATA").write_text("Name: setuptools\nVersion: 65.5.0\n")
+    variables = environment(PYTHONPATH=str(tmp_path))
+    command = [sys.executable, "setup.py", "--version"]
+    result = subprocess.run(command, cwd=source, env=variables, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.startswith("Building fastblock needs setuptools >= 77, found 65.5.0: "), result.stderr
+
+
+@unix
+def test_what_an_earlier_build_left_is_not_taken(source, tmp_path):
+    """As if the extension had been built a moment ago: a compiler that fails must be asked."""
+    library = tmp_path / f"lib/fastblock/_core{SUFFIX}"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    folders = ["--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"]
+    command = [sys.executable, "setup.py", "build_ext", *folders]
+    result = subprocess.run(
+        [*map(str, command)], cwd=source, env=environment(CC="/bin/false"), capture_output=True, text=True
+    )
+    assert result.returncode != 0 and "/bin/false" in result.stderr
+
+
+@unix
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_flags_for_the_machine_at_hand(compiler, tmp_path):
+    """Where it has AVX512-FP16, __FLT_EVAL_METHOD__ is 16."""
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}")
+    options = ["-fsyntax-only", "-U__FLT_EVAL_METHOD__", "-D__FLT_EVAL_METHOD__=16"]
+    run(compiler, *options, "-x", "c", CSRC / "fb_base.h")
+
+
 HASHES = """
 import hashlib, json, sys
 import numpy as np
@@ -230,6 +288,7 @@ sys.path.append(sys.argv[1])
 from adversarial import INPUT_CLASSES, generator
 import fastblock
 
+assert (np.full(4, 1e-40, np.float32) * np.float32(1) != 0).all(), "the core flushes subnormals in the whole process"
 hashes = {}
 for isa in fastblock.isas():
     fastblock.use_isa(isa)
@@ -281,8 +340,11 @@ def test_compilers_unroll_the_tiles(compiler, tmp_path):
     assert assembly.read_text().count("vfmadd") > 1500
 
 
-# Without -mfma an x86 compiler has no fma to contract to.
-CONTRACTING = "-O3 -ffp-contract=fast" + " -mfma" * ("avx2" in fastblock.isas())
+# What asks the compiler and the linker for other values; without -mfma an x86 compiler has no fma to contract to.
+VALUE_CHANGING = "-Ofast -fno-finite-math-only -ffast-math -funsafe-math-optimizations -fassociative-math"
+VALUE_CHANGING += " -freciprocal-math -fno-signed-zeros -ffp-contract=fast" + " -mfma" * ("avx2" in fastblock.isas())
+ASKED = {"CFLAGS": VALUE_CHANGING, "LDFLAGS": VALUE_CHANGING}
+needs_clang = pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
 
 
 @unix
@@ -291,10 +353,9 @@ CONTRACTING = "-O3 -ffp-contract=fast" + " -mfma" * ("avx2" in fastblock.isas())
     "variables",
     [
         pytest.param({"CFLAGS": "-O0"}, id="-O0"),
-        pytest.param({"CFLAGS": CONTRACTING}, id="flags that ask for contraction"),
-        pytest.param(
-            {"CC": "clang"}, id="clang", marks=pytest.mark.skipif(not shutil.which("clang"), reason="needs clang")
-        ),
+        pytest.param(ASKED, id="flags that change values"),
+        pytest.param({"CC": "clang"}, id="clang", marks=needs_clang),
+        pytest.param({"CC": "clang"} | ASKED, id="clang, flags that change values", marks=needs_clang),
     ],
 )
 def test_any_build_gives_the_same_bits(variables, source, installed_hashes, tmp_path):
@@ -302,9 +363,11 @@ def test_any_build_gives_the_same_bits(variables, source, installed_hashes, tmp_
     log = run(sys.executable, "setup.py", "--verbose", "build", *folders, cwd=source, env=environment(**variables))
     compilations = [line for line in log.splitlines() if re.search(r" -c \S+\.c ", line)]
     assert len(compilations) == len(list(CSRC.glob("*.c"))) + 1
-    for line in compilations:
-        assert line.endswith(" -ffp-contract=off")  # after all that comes from the environment
-        assert f" {variables.get('CFLAGS', '-O3').split()[0]} " in line
+    links = [line for line in log.splitlines() if " -shared " in line and " -o " in line]
+    assert len(links) == 1
+    for line in compilations + links:
+        assert line.endswith(" -fno-fast-math -ffp-contract=off")  # after all that comes from the environment
+        assert re.findall(r" (-O\w*)", line)[-1] == ("-O0" if variables.get("CFLAGS") == "-O0" else "-O3")
     compiler, result = hashes(tmp_path / "lib")
     assert ("clang" in compiler) == ("CC" in variables)
     assert result == installed_hashes
