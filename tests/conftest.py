@@ -1,7 +1,18 @@
 """Helpers for all tests: the comparison (bytes, nothing else) and the loop over the tiers this CPU has."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+
+# The tests are for the package as installed: with `python -m pytest` the sources beside them would come first.
+# Where nothing is found without them, they are what is installed (in place).
+_path, _root = sys.path[:], Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in _path if Path(entry).resolve() != _root]
+if importlib.util.find_spec("fastblock") is None:
+    sys.path[:] = _path
 
 DTYPES = [np.float32, np.float64]
 
