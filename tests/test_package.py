@@ -263,6 +263,7 @@ def test_what_an_earlier_build_left_is_not_taken(source, tmp_path):
     library = tmp_path / f"lib/fastblock/_core{SUFFIX}"
     library.parent.mkdir(parents=True)
     library.touch()
+    os.utime(library, (2**31 - 1, 2**31 - 1))  # newer than everything it depends on
     folders = ["--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib"]
     command = [sys.executable, "setup.py", "build_ext", *folders]
     result = subprocess.run(
