@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from . import __version__, show_config
-from ._files import atomic_write
+from ._files import atomic_write, one_line
 from .block import load
 
 
@@ -102,7 +102,7 @@ def _run(arguments):
 
 
 def _bad_input(sentence):
-    print(f"fastblock: {sentence}", file=sys.stderr)
+    print(f"fastblock: {one_line(sentence)}", file=sys.stderr)
     return 2
 
 

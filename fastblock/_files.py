@@ -20,7 +20,7 @@ def atomic_write(path):
 
     After any failure, an interrupt included, `path` is what it was, and nothing else is left behind.
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     target = os.path.realpath(path)  # a symbolic link stays one
     if os.path.isdir(target):
         raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
@@ -41,6 +41,11 @@ def atomic_write(path):
         raise
 
 
+def one_line(text):
+    """The text of an error or a name from a file, which can have several lines, for use within a sentence."""
+    return " ".join(str(text).splitlines())
+
+
 def write_arrays(path, kind, arrays):
     """Write the dictionary `arrays` as a file of parameters of a `kind`, "Block" or "Stack"."""
     with atomic_write(path) as file:
@@ -50,7 +55,7 @@ def write_arrays(path, kind, arrays):
 def read_arrays(path, *kinds):
     """Return the kind, one of `kinds`, and the dictionary of arrays of a file of parameters."""
     formats = {f"fastblock.{kind}/1": kind for kind in kinds}
-    expected = f"{os.fspath(path)}: expected a file of parameters in the format {' or '.join(formats)}, got "
+    expected = f"{os.fsdecode(path)}: expected a file of parameters in the format {' or '.join(formats)}, got "
     with open(path, "rb") as file:
         try:
             archive = np.load(file, allow_pickle=False)
@@ -58,11 +63,13 @@ def read_arrays(path, *kinds):
                 raise ValueError(expected + "a single array (.npy)")
             if MARKER not in archive:
                 raise ValueError(expected + "an .npz file that fastblock has not written")
+            if len(set(archive.files)) < len(archive.files):
+                raise ValueError(expected + "an .npz file in which two arrays have one name")
             found = str(archive[MARKER])
             if found not in formats:
-                raise ValueError(expected + found)
+                raise ValueError(expected + one_line(found))
             return formats[found], {name: archive[name] for name in archive if name != MARKER}
         except Exception as error:  # a damaged file can fail in every layer below: NumPy, zipfile, zlib, struct
             if isinstance(error, ValueError) and str(error).startswith(expected):
                 raise
-            raise ValueError(expected + f"a file that cannot be read ({error})") from error
+            raise ValueError(expected + f"a file that cannot be read ({one_line(error)})") from error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, overload
 import numpy as np
 
 from ._core import PackedBlock, _deliver
-from ._files import read_arrays, write_arrays
+from ._files import one_line, read_arrays, write_arrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -382,6 +382,8 @@ def _restore_stack(cls, arrays):
     parameters = {}
     for name, array in arrays.items():
         index, _, name = name.partition(".")
+        if not index.isdecimal() or index != str(int(index)):  # int() takes "00", "+0" and "0_0" for 0
+            raise ValueError(f"expected the index of a block in the name of each array, got {index!r}")
         parameters.setdefault(int(index), {})[name] = array
     return cls(_restore(Block, parameters[index]) for index in range(len(parameters)))
 
@@ -390,4 +392,4 @@ def _from_file(path, restore, cls, arrays):
     try:
         return restore(cls, arrays)
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{os.fspath(path)}: the parameters in this file do not fit together ({error})") from error
+        raise ValueError(f"{os.fsdecode(path)}: the parameters in this file do not fit together ({one_line(error)})") from error

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -221,6 +223,66 @@ def test_run_any_shape(lead, positions, files, monkeypatch, same_bytes, dtype):
             same_bytes(np.load(files / "y.npy"), block(x, weights))
         assert run_in_process(files, monkeypatch, "block.npz", "x.npy", "-o", "y.npy") == 0
         same_bytes(np.load(files / "y.npy"), block(x))
+
+
+@pytest.mark.parametrize("index", ["00", "+0", " 0", "0 ", "0_0", "\u0660", "-0", "\u00b2", "x", ""])
+def test_a_stack_has_one_name_for_each_array(index, files, monkeypatch, capfd):
+    with np.load(files / "stack.npz") as archive:
+        arrays = dict(archive)
+    bias = arrays.pop("0.b1")
+    with open(files / "odd.npz", "wb") as file:
+        np.savez(file, **arrays, **{f"{index}.b1": bias})
+    with pytest.raises(ValueError, match="expected the index of a block in the name of each array, got "):
+        fastblock.Stack.load(files / "odd.npz")
+    assert run_in_process(files, monkeypatch, "odd.npz", "x.npy", "-o", "there.npy") == 2
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["block", "stack"])
+def test_two_arrays_of_one_name_are_refused(model, files):
+    path = files / f"{model}.npz"
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for name, data in members.items():
+        for second in (name, name.removesuffix(".npy")):  # NumPy takes both for one array
+            path.write_bytes(whole)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # zipfile sees the fault, too
+                with zipfile.ZipFile(path, "a") as archive:
+                    archive.writestr(second, data)
+            with pytest.raises(ValueError, match="two arrays have one name"):
+                fastblock.block.load(path)
+
+
+@pytest.mark.parametrize("as_path", [os.fsencode, os.fsdecode, lambda path: path], ids=["bytes", "str", "PathLike"])
+@pytest.mark.parametrize("model", ["block", "stack"])
+def test_any_path_does_for_save_and_load(model, as_path, files):
+    loaded = fastblock.block.load(as_path(files / f"{model}.npz"))
+    loaded.save(as_path(files / "saved.npz"))
+    assert (files / "saved.npz").read_bytes() == (files / f"{model}.npz").read_bytes()
+    with pytest.raises(ValueError, match=r"^" + re.escape(f"{files}/x.npy: expected a file of parameters")):
+        type(loaded).load(as_path(files / "x.npy"))
+
+
+def test_messages_have_one_line(files, monkeypatch, capfd):
+    whole = (files / "x.npy").read_bytes()
+    header = (b"{'descr': '<f4',\n 'fortran_order': 0,\n 'shape': (4, 5, 3), \n" + b" " * 118)[:117] + b"\n"
+    (files / "lines.npy").write_bytes(whole[:10] + header + whole[128:])
+    with open(files / "format.npz", "wb") as file:
+        np.savez(file, fastblock_format="two\nlines", w1=np.eye(3))
+    with open(files / "matrix.npz", "wb") as file:
+        np.savez(file, fastblock_format=np.eye(3), w1=np.eye(3))
+    for arguments in (
+        ["block.npz", "lines.npy"], ["format.npz", "x.npy"], ["matrix.npz", "x.npy"], ["block.npz", "two\nlines.npy"],
+    ):
+        assert run_in_process(files, monkeypatch, *arguments, "-o", "there.npy") == 2
+        err = capfd.readouterr().err
+        assert err.startswith("fastblock: ") and err.count("\n") == 1, err
+    for name in ("format.npz", "matrix.npz"):
+        with pytest.raises(ValueError) as caught:
+            fastblock.block.load(files / name)
+        assert "\n" not in str(caught.value)
 
 
 def test_run_over_its_own_input(files, monkeypatch, same_bytes):
