@@ -6,14 +6,37 @@ Exit status 0: done. 1: a result differed from the reference. 2: bad input, in o
 import argparse
 import math
 import os
+import signal
 import sys
+import threading
 import time
 
 import numpy as np
 
 from . import __version__, show_config
-from ._files import atomic_write, one_line
+from ._files import atomic_write, check_seekable, one_line
 from .block import load
+
+
+class _Terminated(BaseException):
+    """A signal that ends a process by default; an exception so that the unfinished output is removed first."""
+
+    SIGNALS = [
+        getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
+        if hasattr(signal, name)
+    ]
+
+    @classmethod
+    def catch(cls):
+        for number in cls.SIGNALS:
+            if signal.getsignal(number) == signal.SIG_DFL:  # one that is ignored, as under nohup, stays ignored
+                signal.signal(number, cls._raise)
+
+    @classmethod
+    def _raise(cls, number, frame):
+        for other in cls.SIGNALS:  # a second one does not stop the cleaning
+            signal.signal(other, signal.SIG_IGN)
+        raise cls(number)
 
 
 def main(argv=None):
@@ -28,6 +51,10 @@ def main(argv=None):
         return 141
     except KeyboardInterrupt:
         return 130
+    except _Terminated as terminated:  # who waits for this process sees the signal
+        [number] = terminated.args
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _parser():
@@ -79,7 +106,12 @@ def _config(arguments):
 
 
 def _run(arguments):
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        _Terminated.catch()
     try:
+        for path in (arguments.params, arguments.input, arguments.weights, arguments.output):
+            if path == "-":
+                raise ValueError("-: expected the name of a file; standard streams are not read or written (./- is a file)")
         model = load(arguments.params)
         x = _open_array(arguments.input)
         expected = f"(..., positions, {model.features})"
@@ -108,6 +140,7 @@ def _bad_input(sentence):
 
 def _open_array(path):
     """Map the array in an .npy file: what is not needed yet is not read yet."""
+    check_seekable(path)
     with open(path, "rb") as file:
         magic = file.read(len(np.lib.format.MAGIC_PREFIX))
     if magic != np.lib.format.MAGIC_PREFIX:

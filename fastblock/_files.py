@@ -7,6 +7,7 @@ A file of parameters is an uncompressed .npz archive. Its array `fastblock_forma
 import errno
 import os
 import secrets
+import stat
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -22,13 +23,17 @@ def atomic_write(path):
     """
     path = os.fsdecode(path)
     target = os.path.realpath(path)  # a symbolic link stays one
-    if os.path.isdir(target):
+    if os.path.isdir(target) or os.path.basename(path) in ("", os.curdir, os.pardir):  # "new/" names no file
         raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
-    if os.path.exists(target) and not os.path.isfile(target):  # replacing /dev/null would be a catastrophe
+    if os.path.exists(path) and not os.path.isfile(path):  # replacing /dev/null would be a catastrophe
         raise OSError(errno.EINVAL, "Not a regular file", path)
+    mode = stat.S_IMODE(os.stat(path).st_mode) & 0o777 if os.path.exists(path) else None
     temporary = os.path.join(os.path.dirname(target), f".fastblock-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        # What is not for everybody to read is not so for a moment.
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode)) as file:
+            if mode is not None:
+                os.chmod(temporary, mode)  # also what the umask takes away
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -39,6 +44,13 @@ def atomic_write(path):
         if isinstance(error, OSError) and error.filename == temporary:
             error.filename, error.filename2 = path, None  # the name that the caller knows
         raise
+
+
+def check_seekable(path):
+    """Refuse a pipe, terminal or other stream before it is opened, which could wait for ever."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{os.fsdecode(path)}: expected a regular file, which can be read at any place, got a stream")
 
 
 def one_line(text):
@@ -56,6 +68,7 @@ def read_arrays(path, *kinds):
     """Return the kind, one of `kinds`, and the dictionary of arrays of a file of parameters."""
     formats = {f"fastblock.{kind}/1": kind for kind in kinds}
     expected = f"{os.fsdecode(path)}: expected a file of parameters in the format {' or '.join(formats)}, got "
+    check_seekable(path)
     with open(path, "rb") as file:
         try:
             archive = np.load(file, allow_pickle=False)

@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+import signal
+import stat
 import subprocess
 import sys
 import time
@@ -451,6 +453,64 @@ def test_run_interrupted_half_way(failure, status, files, monkeypatch, capfd):
     assert (files / "there.npy").read_bytes() == b"an output of yesterday"
     assert sorted(os.listdir(files)) == before
     assert capfd.readouterr().err.count("\n") == (status == 2)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_leaves_nothing_behind(name, files):
+    program = """if True:
+        import sys, time
+        import numpy as np
+        from fastblock import __main__ as cli
+        class Model:
+            features, dtype = 3, np.dtype("f4")
+            def __call__(self, *args, **kwargs):
+                print("running", flush=True)
+                time.sleep(100)
+        cli.load = lambda path: Model()
+        sys.exit(cli.main(["run", "block.npz", "x.npy", "-o", "there.npy"]))
+        """
+    before = sorted(os.listdir(files))
+    with subprocess.Popen([sys.executable, "-c", program], cwd=files, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"running\n"
+        assert sorted(os.listdir(files)) != before
+        process.send_signal(getattr(signal, name))
+    assert process.returncode == -getattr(signal, name)
+    assert sorted(os.listdir(files)) == before
+    assert (files / "there.npy").read_bytes() == b"an output of yesterday"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
+def test_the_mode_of_an_output(umask, files):
+    for name, mode in [("there.npy", 0o600), ("there.npy", 0o666), ("there.npy", 0o640), ("new.npy", 0o666 & ~umask)]:
+        if name == "there.npy":
+            (files / name).chmod(mode)
+        assert command("run", "block.npz", "x.npy", "-o", name, cwd=files, umask=umask).returncode == 0
+        assert stat.S_IMODE((files / name).stat().st_mode) == mode, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("block.npz x.npy -o new/", "new/: Is a directory"),
+        ("block.npz x.npy -o new/.", "new/.: Is a directory"),
+        ("block.npz x.npy -o there.npy/", "there.npy/: Is a directory"),
+        ("block.npz x.npy -o -", "-: expected the name of a file; standard streams are not"),
+        ("block.npz - -o there.npy", "-: expected the name of a file; standard streams are not"),
+        ("block.npz x.npy -o pipe", "pipe: Not a regular file"),
+        ("block.npz x.npy -o /dev/stdout", "/dev/stdout: Not a regular file"),
+        ("block.npz /dev/stdin -o there.npy", "/dev/stdin: expected a regular file, which can be read at any place"),
+        ("block.npz pipe -o there.npy", "pipe: expected a regular file, which can be read at any place"),
+        ("block.npz x.npy --weights pipe -o there.npy", "pipe: expected a regular file, which can be read at any place"),
+        ("pipe x.npy -o there.npy", "pipe: expected a regular file, which can be read at any place"),
+    ],
+)
+def test_streams_and_names_of_directories_are_refused(arguments, sentence, files):
+    os.mkfifo(files / "pipe")
+    before = sorted(os.listdir(files))
+    result = command("run", *arguments.split(), cwd=files, input="")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"fastblock: {sentence}") and result.stderr.count("\n") == 1, result.stderr
+    assert sorted(os.listdir(files)) == before
 
 
 def test_run_shows_progress_after_a_second(files, monkeypatch, capfd, same_bytes):
