@@ -184,7 +184,7 @@ def _write_results(file, model, x, weights, causal):
 
 
 class _Progress:
-    """A bar on stderr once the work has taken a second, and its last line when the work is over."""
+    """A bar on a terminal once the work has taken a second, and its last line when the work is over."""
 
     WIDTH = 40
 
@@ -194,11 +194,12 @@ class _Progress:
     def __enter__(self):
         self.start = time.monotonic()
         self.shown = False
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
         return self
 
     def update(self, done):
         elapsed = time.monotonic() - self.start
-        if elapsed < 1:
+        if elapsed < 1 or not self.terminal:
             return
         self.shown = True
         share = done / self.total if self.total else 1
