@@ -111,7 +111,7 @@ def _run(arguments):
     try:
         for path in (arguments.params, arguments.input, arguments.weights, arguments.output):
             if path == "-":
-                raise ValueError("-: expected the name of a file; standard streams are not read or written (./- is a file)")
+                raise ValueError("-: expected the name of a file; standard streams are not used (./- is a file)")
         model = load(arguments.params)
         x = _open_array(arguments.input)
         expected = f"(..., positions, {model.features})"

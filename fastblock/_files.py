@@ -31,7 +31,7 @@ def atomic_write(path):
     temporary = os.path.join(os.path.dirname(target), f".fastblock-{secrets.token_hex(8)}.tmp")
     try:
         # What is not for everybody to read is not so for a moment.
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o666 if mode is None else mode)) as file:
+        with open(temporary, "xb", opener=lambda *name: os.open(*name, 0o666 if mode is None else mode)) as file:
             if mode is not None:
                 os.chmod(temporary, mode)  # also what the umask takes away
             yield file

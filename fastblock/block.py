@@ -392,4 +392,5 @@ def _from_file(path, restore, cls, arrays):
     try:
         return restore(cls, arrays)
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{os.fsdecode(path)}: the parameters in this file do not fit together ({one_line(error)})") from error
+        sentence = f"the parameters in this file do not fit together ({one_line(error)})"
+        raise ValueError(f"{os.fsdecode(path)}: {sentence}") from error

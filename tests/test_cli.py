@@ -500,10 +500,10 @@ def test_the_mode_of_an_output(umask, files):
         ("block.npz - -o there.npy", "-: expected the name of a file; standard streams are not"),
         ("block.npz x.npy -o pipe", "pipe: Not a regular file"),
         ("block.npz x.npy -o /dev/stdout", "/dev/stdout: Not a regular file"),
-        ("block.npz /dev/stdin -o there.npy", "/dev/stdin: expected a regular file, which can be read at any place"),
-        ("block.npz pipe -o there.npy", "pipe: expected a regular file, which can be read at any place"),
-        ("block.npz x.npy --weights pipe -o there.npy", "pipe: expected a regular file, which can be read at any place"),
-        ("pipe x.npy -o there.npy", "pipe: expected a regular file, which can be read at any place"),
+        ("block.npz /dev/stdin -o there.npy", "/dev/stdin: expected a regular file, which can be read at any"),
+        ("block.npz pipe -o there.npy", "pipe: expected a regular file, which can be read at any"),
+        ("block.npz x.npy --weights pipe -o there.npy", "pipe: expected a regular file, which can be read at any"),
+        ("pipe x.npy -o there.npy", "pipe: expected a regular file, which can be read at any"),
     ],
 )
 def test_streams_and_names_of_directories_are_refused(arguments, sentence, files):
