@@ -55,16 +55,17 @@ OPERATIONS = {
     "Stack": ["x", "key_mask", *LAYERS, *QUERY_KEY],
 }
 SEES_ITS_NEIGHBOURS = {"mix_positions", "attention_weights", "Block", "Block, own weights", "Stack"}
+OWN_WEIGHTS = {"attention_weights", "Block, own weights", "Stack"}
 OPTIONAL = {"b1", "b2", "b_q", "b_k", "key_mask"}
 
 # Sizes, by how often they are drawn: few, around the lanes, around the rows of a tile, around the blocks of sums, more.
 SIZES = [
     (0.03, [0]),
-    (0.19, [1, 2, 3, 4, 5]),
-    (0.28, [7, 8, 9, 15, 16, 17, 31, 32, 33]),
+    (0.15, [1, 2, 3, 4, 5]),
+    (0.24, [7, 8, 9, 15, 16, 17, 31, 32, 33]),
     (0.2, [6, 11, 12, 13, 14, 27, 28, 29, 47, 48, 49]),
-    (0.15, [63, 64, 65, 95, 96, 97, 127, 128, 129]),
-    (0.12, [255, 256, 257, 511, 512, 513]),
+    (0.2, [63, 64, 65, 95, 96, 97, 127, 128, 129]),
+    (0.15, [255, 256, 257, 511, 512, 513]),
     (0.03, [700, 769, 1025]),
 ]
 MANY = [1, 1, 2, 3, 7, 16, 33, 47, 48, 95, 97, 128, 129, 191, 300, 500]  # items of a comparison
@@ -180,7 +181,7 @@ class Call:
 def cost(sizes, operation, hard, dtype):
     """Seconds of the reference, and multiply-adds of one item."""
     m, p, d, f, e, blocks = (sizes[n] for n in ("items", "P", "D", "F", "E", "blocks"))
-    own = operation in ("attention_weights", "Block, own weights", "Stack")
+    own = operation in OWN_WEIGHTS
     mixes = operation in SEES_ITS_NEIGHBOURS - {"attention_weights"}
     feeds = operation == "feed_forward" or operation in SEES_ITS_NEIGHBOURS - {"attention_weights", "mix_positions"}
     feeds |= operation == "Block.feed_forward"
@@ -205,7 +206,8 @@ def draw_sizes(rng, operation, hard, dtype):
         sizes["P"] = 1
     while cost(sizes, operation, hard, dtype)[0] > SECONDS:
         name = max(("P", "D", "F", "E", "items"), key=lambda n: sizes[n])
-        sizes[name] = min(draw_size(rng), sizes[name] * 3 // 4)
+        smaller = [n for _, some in SIZES for n in some if sizes[name] // 4 <= n < sizes[name]]
+        sizes[name] = int(rng.choice(smaller))
     return sizes
 
 
@@ -214,11 +216,11 @@ def make_call(seed, number):
     operation = str(rng.choice(list(OPERATIONS)))
     dtype = [np.float32, np.float64][rng.integers(2)]
     kind = rng.choice(["tame", "one wild", "all wild"], p=[0.6, 0.3, 0.1])
-    scores = rng.random() < 0.5  # of any magnitude
-    hard = dtype == np.float64 and (kind != "tame" or scores)
+    scores = rng.choice(["tame", "any magnitude", "outliers"], p=[0.4, 0.3, 0.3])  # of a softmax
+    hard = dtype == np.float64 and (kind != "tame" or (scores != "tame" and operation in OWN_WEIGHTS))
     sizes = draw_sizes(rng, operation, hard, dtype)
     m, p, d, f, e = (sizes[n] for n in ("items", "P", "D", "F", "E"))
-    own = operation in ("attention_weights", "Block, own weights", "Stack")
+    own = operation in OWN_WEIGHTS
     item = (p,) if operation in SEES_ITS_NEIGHBOURS else ()
     shapes = {
         "x": (m, *item, f if operation == "bias_relu" else d), "h": (m, *item, f), "weights": (m, p, p), "key_mask": (m, p),
@@ -236,8 +238,12 @@ def make_call(seed, number):
             make = WILD[rng.integers(len(WILD))] if kind == "all wild" or (kind == "one wild" and name == wild) else tame
             with np.errstate(all="ignore"):
                 array = np.asarray(make(rng, shapes[name], dtype), dtype)
-                if name == "w_q" and scores:
-                    array = np.ldexp(array, rng.integers(-10, exponents(dtype)[1])).astype(dtype)
+                # mostly where exp changes its ways
+                magnitude = dtype(2.0 ** int(rng.integers(-10, rng.choice([70, exponents(dtype)[1]], p=[0.8, 0.2]))))
+                if name == "w_q" and scores == "any magnitude":
+                    array = array * magnitude
+                if name == "x" and scores == "outliers" and operation in OWN_WEIGHTS:  # a few keys
+                    array = np.where(rng.random((*shapes["key_mask"], 1)) < 2 / max(p, 1), array * magnitude, array)
             if rng.random() < 0.35 and array.ndim > 1:
                 array = with_zeros(rng, array)
             arrays[prefix + name] = array
