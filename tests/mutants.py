@@ -1,0 +1,480 @@
+"""Mutation testing: small wrong edits of csrc and _core.pyx, one at a time, each of which the tests must notice.
+
+    python tests/mutants.py                    every mutant: killed by which test, or survived
+    python tests/mutants.py --list             names and files
+    python tests/mutants.py --only NAME ...    these; --jobs N: so many side by side; what follows -- goes to pytest
+
+A mutant that survives is a blind spot of the tests: write the test that kills it. Left out are edits that change no
+result: thresholds and prefetches that change the time only, and edits that are equivalent, as the larger operand of max
+where the sum decides. A mutant whose old text is not in its file exactly once is out of date, which is an error.
+
+Each mutant is the baseline with one file changed: what depends on it is compiled (-O1) and linked into a package of its
+own, against which the fast tests run until the first failure. No existing tool does that for C and Cython together: Mull
+needs clang and test programs that it can link, mutmut and cosmic-ray edit Python. Takes about 20 s a mutant and core.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ["blind_spots", "exp", "block", "bad_input", "skipping", "exact", "invariance", "threads"]  # those that kill soon first
+FLAGS = ["-O1", "-std=gnu11", "-fvisibility=hidden", "-pthread", "-fPIC", "-ffp-contract=off", "-w"]
+FLAGS += ["-DNPY_NO_DEPRECATED_API=NPY_1_7_API_VERSION"]
+TIMEOUT = 400  # seconds of the tests; a mutant that takes longer hangs
+
+MUTANTS = {  # file: (name, old text, new text)
+    "csrc/fb_kernels_template.h": [
+        ("copy leaves out the last element", "for (; j < n; j++)\n            to[j] = from[j];",
+         "for (; j + 1 < n; j++)\n            to[j] = from[j];"),
+        ("pack_rows finds everything finite", "if (lane[i] != 0)\n            return 0;\n    return 1;\n}\n\n/* ---- product:",
+         "if (lane[i] != 0)\n            return 1;\n    return 1;\n}\n\n/* ---- product:"),
+        ("pack_rows looks at the last row only", "sum[v] = V(add)(sum[v], V(mul)(x, V(zero)()));",
+         "sum[v] = V(mul)(x, V(zero)());"),
+        ("pack_rows leaves out the padding", "memset(to, 0, (size_t)(rows * FB_PANEL_BYTES));",
+         "memset(to, 0xff, (size_t)(rows * FB_PANEL_BYTES));"),
+        ("results lie as far apart as totals", "g->last ? g->c_row : g->t_row", "g->t_row"),
+        ("totals of the first block are added", "    if (!g->first) {\n        FB_UNROLL", "    if (1) {\n        FB_UNROLL"),
+        ("all vectors of a tile get the first bias", "VEC v = V(load)(bias + j * LANES);", "VEC v = V(load)(bias);"),
+        ("a tile is not made canonical", "            s[i] = V(canonical)(s[i]);", "            s[i] = s[i];"),
+        ("relu of a tile loses NaN", "                s[i] = V(relu)(s[i]);", "                s[i] = V(max)(s[i], V(zero)());"),
+        ("a wide tile rounds twice", "s[i * vecs + j] = V(fma)(side[i], one, s[i * vecs + j]);",
+         "s[i * vecs + j] = V(add)(V(mul)(side[i], one), s[i * vecs + j]);"),
+        ("a high tile rounds twice", "s[i * vecs + j] = V(fma)(one, side[j], s[i * vecs + j]);",
+         "s[i * vecs + j] = V(add)(V(mul)(one, side[j]), s[i * vecs + j]);"),
+        ("a tile leaves out the last k", "for (; left > 0; left--, a++, b += PANEL)", "for (; left > 1; left--, a++, b += PANEL)"),
+        ("a tile leaves out strips that fetch",
+         "for (; left >= FB_STRIP && fetches > 0; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL, fetches--) {",
+         "for (; left >= FB_STRIP && fetches > 0; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL, fetches -= 2) {\n"
+         "        if (fetches == 3) continue;"),
+        ("totals of the last panel are forgotten", "    if (!g->first) {\n        memset(scratch, 0, sizeof scratch);",
+         "    if (0) {\n        memset(scratch, 0, sizeof scratch);"),
+        ("the last panel is written whole", "if (FB_TILE_PANELS(rows) > 1 && left >= PANEL) {",
+         "if (FB_TILE_PANELS(rows) > 1 && left > 0) {"),
+        ("range starts one late", "first += fb_lowest_bit(lanes);", "first += fb_lowest_bit(lanes) + 1;"),
+        ("range ends one early", "end -= LANES - 1 - fb_highest_bit(lanes);", "end -= LANES - fb_highest_bit(lanes);"),
+        ("range of the first row only", "row[i] = a + fb_min(i, rows - 1) * a_row;", "row[i] = a;"),
+        ("range without the last row", "row[i] = a + fb_min(i, rows - 1) * a_row;",
+         "row[i] = a + fb_min(i, fb_max(rows - 2, 0)) * a_row;"),
+        ("rows are dealt out wrongly", "(g->rows - tiles * fewest) * (fewest + 1);", "(g->rows - tiles * fewest) * fewest;"),
+        ("causal: the first row of a tile decides", "g->wanted[i + rows - 1] <= g->first_col + p0 * PANEL",
+         "g->wanted[i] <= g->first_col + p0 * PANEL"),
+        ("causal: the group of columns is forgotten", "g->wanted[i + rows - 1] <= g->first_col + p0 * PANEL",
+         "g->wanted[i + rows - 1] <= g->first_col + p1 * PANEL - PANEL"),
+        ("rows that skip are staged one short", "range[t][1] - range[t][0],\n", "range[t][1] - range[t][0] - 1,\n"),
+        ("compress leaves out the last element", "for (; k < end; k++) {\n                const REAL x = a[k];",
+         "for (; k + 1 < end; k++) {\n                const REAL x = a[k];"),
+        ("compress drops negative values at the end", "v += x != 0;", "v += x > 0;"),
+        ("compress drops NaN at the end", "v += x != 0;\n                offset += x != 0;",
+         "v += x != 0 && x == x;\n                offset += x != 0 && x == x;"),
+        ("compress fills up with ones", "*v = 0;\n                *offset = 0;", "*v = 1;\n                *offset = 0;"),
+        ("compress counts k from the slice at the end", "*offset = (uint16_t)(k * 64);", "*offset = (uint16_t)((k - k0) * 64);"),
+        ("sparse: one slice ends too late", "last = (slice + 1) * list->slice >= g->depth;",
+         "last = (slice + 1) * list->slice > g->depth;"),
+        ("sparse: sums of the slice before are forgotten", "s[j] = first ? V(zero)() : V(load)(sums + j * LANES);",
+         "s[j] = V(zero)();"),
+        ("sparse: rounds twice",
+         "s[j] = V(fma)(x[q], V(load)((const REAL *)w + j % PANEL_VECS * LANES), s[j]);",
+         "s[j] = V(add)(V(mul)(x[q], V(load)((const REAL *)w + j % PANEL_VECS * LANES)), s[j]);"),
+        ("sparse: totals of a last panel are forgotten", "    if (!g->first)\n        FN(copy)(at.from, 0, 1, left, scratch, 0);",
+         "    if (0)\n        FN(copy)(at.from, 0, 1, left, scratch, 0);"),
+        ("sparse: a last panel is written whole", "if (FB_LIKELY(left >= panels * PANEL)) {\n        FN(finish_tile)(1,",
+         "if (FB_LIKELY(left > 0)) {\n        FN(finish_tile)(1,"),
+        ("sparse: no bias in the last panel", "const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;\n    const uint16_t",
+         "const REAL *bias = g->bias && left >= PANEL ? (const REAL *)g->bias + p * PANEL : NULL;\n    const uint16_t"),
+        ("rows: round twice", "s[v] = V(fma)(x[q], V(load)(b[q] + j + v * LANES), s[v]);",
+         "s[v] = V(add)(V(mul)(x[q], V(load)(b[q] + j + v * LANES)), s[v]);"),
+        ("rows: sums before are forgotten", "s[v] = first ? V(zero)() : V(load)(sums + j + v * LANES);", "s[v] = V(zero)();"),
+        ("rows: a row of zeros is not written", "        else\n            FN(meet_rows)(0, g,",
+         "        else if (0)\n            FN(meet_rows)(0, g,"),
+        ("small: not canonical", "s = V(canonical)(V(add)(s, bias));", "s = V(add)(s, bias);"),
+        ("small: rounds twice", "s = V(fma)(V(splat)(a + k), V(load_first)(b, cols), s);",
+         "s = V(add)(V(mul)(V(splat)(a + k), V(load_first)(b, cols)), s);"),
+        ("small: the last row is written whole", "if (end - c >= LANES)", "if (end - c > 0)"),
+        ("bias_relu: NaN in the rest keeps its bits", "V(store_first)(out + whole, V(relu)(V(canonical)(v)), rest);",
+         "V(store_first)(out + whole, V(relu)(v), rest);"),
+        ("all_finite forgets a quarter", "V(add)(V(add)(sum[0], sum[1]), V(add)(sum[2], sum[3]))",
+         "V(add)(V(add)(sum[0], sum[1]), V(add)(sum[2], sum[2]))"),
+        ("all_finite forgets the rest", "for (; j < n; j += LANES)\n        sum[0] =",
+         "for (; j + LANES < n; j += LANES)\n        sum[0] ="),
+        ("exp loses NaN", "V(max)(V(splat)(range), x)", "V(max)(x, V(splat)(range))"),
+        ("exp, float32: subnormal results are zero", "static const float range[] = {-150, 130};",
+         "static const float range[] = {-103, 130};"),
+        ("exp, float32: no overflow", "static const float range[] = {-150, 130};", "static const float range[] = {-150, 88.7f};"),
+        ("exp, float32: a coefficient", "0x1.1111111c478ebp-7", "0x1.1111113c478ebp-7"),
+        ("exp, float32: the quick path trusts itself too much", "error = 0x1.4p-33f", "error = 0x1.4p-36f"),
+        ("exp, float32: every second vector is trusted", "pair ? V(add)(unsure[i], unsure[i + 1]) : unsure[i]", "unsure[i]"),
+        ("exp, float32: the power's rest", "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0736c4p-14f",
+         "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0736cap-14f"),
+        ("exp, float64: the smallest results are zero", "static const double range[] = {-746, 710};",
+         "static const double range[] = {-745, 710};"),
+        ("exp, float64: a coefficient", "0x1.5555555555556p-3,  0x1p-1};\n    static const double range[] = {-746, 710};",
+         "0x1.5555555555557p-3,  0x1p-1};\n    static const double range[] = {-746, 710};"),
+        ("exp, float64: scaled at once", "x[i] = V(mul)(V(mul)(p, V(pow2)(t_first)), V(pow2)(t_second));",
+         "x[i] = V(mul)(p, V(mul)(V(pow2)(t_first), V(pow2)(t_second)));"),
+        ("softmax: the last score is no maximum", "for (; j < n; j++)\n        lane[0] = lane[0] > s[j]",
+         "for (; j + 1 < n; j++)\n        lane[0] = lane[0] > s[j]"),
+        ("softmax: a lane is no maximum", "for (int i = 1; i < LANES; i++)\n        lane[0] = lane[0] > lane[i]",
+         "for (int i = 2; i < LANES; i++)\n        lane[0] = lane[0] > lane[i]"),
+        ("softmax: the last of a row is not summed", "for (int i = 0; i < n - j; i++)\n                    sum",
+         "for (int i = 0; i < n - j - 1; i++)\n                    sum"),
+        ("softmax: blocks end at whole chunks only", "j1 = fb_min(fb_min(j0 + CHUNK, *block_end), longest);",
+         "j1 = fb_min(j0 + CHUNK, longest);"),
+        ("softmax: one block", "sum[q] = V(add)(sum[q], block[q]);\n                    block[q] = V(zero)();",
+         "(void)block;"),
+        ("softmax: a block is counted twice", "                    block[q] = V(zero)();\n", ""),
+        ("softmax: scores behind a row's end are summed", "for (ptrdiff_t j = fb_max(end, j0); j < j1; j++)\n                    s_row[j] = 0;",
+         "for (ptrdiff_t j = fb_max(end, j0) + 1; j < j1; j++)\n                    s_row[j] = 0;"),
+        ("softmax: NaN as it comes", "V(store_first)(out + j, V(canonical)(inverse), fb_min(LANES, n - j));",
+         "V(store_first)(out + j, inverse, fb_min(LANES, n - j));"),
+        ("softmax: what follows NaN stays", "memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));", "(void)width;"),
+        ("softmax: weights repeat behind the last", "for (; j + LANES <= width; j += LANES, v = V(zero)())",
+         "for (; j + LANES <= width; j += LANES)"),
+        ("softmax: the end of a row is not written", "    if (j < width)\n        V(store_first)(out + j, v, width - j);",
+         "    if (j < width && 0)\n        V(store_first)(out + j, v, width - j);"),
+        ("softmax: streams to any address", "stream && (uintptr_t)out % 16 == 0", "stream"),
+    ],
+    "csrc/fb_simd_avx2.h": [
+        ("avx2: -0.0 is canonical", "    v = _mm256_add_ps(v, _mm256_setzero_ps());\n", ""),
+        ("avx2: another NaN, float64", "_mm256_set1_epi64x(0x7ff8000000000000)", "_mm256_set1_epi64x(0x7ff8000000000001)"),
+        ("avx2: relu of NaN is 0, float32", "_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)",
+         "_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ)"),
+        ("avx2: relu of NaN is 0, float64", "_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)",
+         "_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_GT_OQ)"),
+        ("avx2: NaN counts as zero, float32", "_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)",
+         "_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_OQ)"),
+        ("avx2: NaN counts as zero, float64", "_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NEQ_UQ)",
+         "_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NEQ_OQ)"),
+        ("avx2: negative values count as zero", "_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ)",
+         "_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)"),
+        ("avx2: one permutation of compress, float32", "0x0000000000060504, 0x0000000006050400,",
+         "0x0000000000060504, 0x0000000006050401,"),
+        ("avx2: one permutation of compress, float64", "0x0000050403020100, 0x0000000000000706, 0x0000000007060100",
+         "0x0000050403020100, 0x0000000000000607, 0x0000000007060100"),
+        ("avx2: a tail of 3 stores 2", "    if (n & 1)\n        _mm_store_ss(p, part);", "    if ((n & 3) == 1)\n        _mm_store_ss(p, part);"),
+        ("avx2: max returns the number", "_mm256_max_ps(a, b)", "_mm256_max_ps(b, a)"),
+        ("avx2: stream swaps halves", "_mm_stream_pd(p + 2, _mm256_extractf128_pd(v, 1));",
+         "_mm_stream_pd(p + 2, _mm256_extractf128_pd(v, 0));"),
+    ],
+    "csrc/fb_simd_avx512.h": [
+        ("avx512: another NaN, float32", "_mm512_set1_epi32(0x7fc00000)", "_mm512_set1_epi32(0xffc00000)"),
+        ("avx512: relu of NaN is 0, float64", "_mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NLE_UQ)",
+         "_mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_GT_OQ)"),
+        ("avx512: NaN counts as zero, float64", "_mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_UQ)",
+         "_mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_NEQ_OQ)"),
+        ("avx512: NaN counts as zero, float32", "_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ)",
+         "_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_OQ)"),
+        ("avx512: stream repeats a quarter", "_mm_stream_ps(p + 12, _mm512_extractf32x4_ps(v, 3));",
+         "_mm_stream_ps(p + 12, _mm512_extractf32x4_ps(v, 2));"),
+        ("avx512: a lane of compress", "_mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0)", "_mm512_set_epi64(7, 6, 5, 5, 3, 2, 1, 0)"),
+    ],
+    "csrc/fb_simd_portable.h": [
+        ("portable: rounds to odd upwards", "u += (e > 0) == (s > 0) ? 1 : (uint64_t)-1;", "u += 1;"),
+        ("portable: fma of float32 rounds twice", "return (float)fb_add_odd(product, c);", "return (float)sum;"),
+        ("portable: fma of float64 rounds twice", "    return vh + z;\n}\n#endif", "    return a * b + c;\n}\n#endif"),
+        ("portable: too large is tame", "- 623) <= 800; }", "- 623) <= 1000; }"),
+        ("portable: fma of subnormal results rounds twice", "if (er + base > -1022)", "if (er + base > -1074)"),
+        ("portable: fma far apart", "gap > 200 ? 200 :", "gap > 200 ? 52 :"),
+        ("portable: -0.0 is canonical", "v.lane[i] + 0.0f : nan", "v.lane[i] : nan"),
+        ("portable: negative values count as zero",
+         "for (int i = 0; i < FB_F64_LANES; i++)\n        mask |= (unsigned)(v.lane[i] != 0) << i;",
+         "for (int i = 0; i < FB_F64_LANES; i++)\n        mask |= (unsigned)(v.lane[i] > 0) << i;"),
+        ("portable: max returns the number", "FB_F32(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])",
+         "FB_F32(a.lane[i] < b.lane[i] ? b.lane[i] : a.lane[i])"),
+    ],
+    "csrc/fb_pack.c": [
+        ("weights are finite, whatever they are", "out->finite = kernels->all_finite(out->data, fb_round_up(n, width) * k);",
+         "out->finite = 1;"),
+        ("not all weights are asked whether they are finite", "kernels->all_finite(out->data, fb_round_up(n, width) * k)",
+         "kernels->all_finite(out->data, n / width * width * k)"),
+        ("rows of the last block come from elsewhere", "fb_at(panels->data, k0 * n + j * depth, size)",
+         "fb_at(panels->data, k0 * n + j * FB_BLOCK, size)"),
+        ("an overflow is not seen", "rows > PTRDIFF_MAX / 2 / size / cols", "rows > PTRDIFF_MAX / 2 / size"),
+        ("padding of a bias is NaN", "memset(*out, 0, (size_t)(fb_round_up", "memset(*out, 0xff, (size_t)(fb_round_up"),
+    ],
+    "csrc/fb_threads.c": [
+        ("workers keep their mode", "    fb_fp_enter();\n    for (;;) {", "    for (;;) {"),
+        ("a child takes over the workers", "    pool.workers = 0;\n", ""),
+        ("a child takes over the owner", "    atomic_store(&pool.busy, 0);\n    atomic_store(&pool.call, 0);",
+         "    atomic_store(&pool.call, 0);"),
+        ("workers take signals", "sigfillset(&all);", "sigemptyset(&all);"),
+        ("the caller does not wait", "while (inside(atomic_load(&pool.call)))", "while (0)"),
+        ("a second caller is let in", "!atomic_exchange(&pool.busy, 1)", "(atomic_store(&pool.busy, 1), 1)"),
+        ("OMP_NUM_THREADS first", 'n = from_environment("FASTBLOCK_NUM_THREADS");\n        n = n ? n : from_environment("OMP_NUM_THREADS");',
+         'n = from_environment("OMP_NUM_THREADS");\n        n = n ? n : from_environment("FASTBLOCK_NUM_THREADS");'),
+        ("one part too few", "part < parts; part++)\n            task(context, 0, part, parts);\n        return;",
+         "part < parts - (parts > 2); part++)\n            task(context, 0, part, parts);\n        return;"),
+    ],
+    "csrc/fb_dispatch.c": [
+        ("a tier that is not there is used", "    if (!fb_isa_usable(i))\n        return 0;\n", ""),
+    ],
+    "csrc/fb_base.h": [
+        ("subnormals read as zero are not noticed", "FB_MXCSR_MODE 0xffc0u", "FB_MXCSR_MODE 0xff80u"),
+        ("the mode is not set back", "        _mm_setcsr(old);", "        (void)old;"),
+    ],
+    "csrc/fb_kernels.h": [
+        ("the last part has whole panels", "fb_min(panels * (part + 1) / parts * k->panel, cols) - *first",
+         "panels * (part + 1) / parts * k->panel - *first"),
+    ],
+    "csrc/fb_matmul.c": [
+        ("a staged block is cut short", "fb_min(FB_BLOCK, depth - k0),\n                fb_at(stage,",
+         "fb_min(FB_BLOCK, depth - k0) - (depth > 512),\n                fb_at(stage,"),
+        ("a chain without blocks", "g.first = k0 == 0;", "g.first = k0 <= FB_BLOCK;"),
+        ("sums are finished", "g.last = k0 + g.depth == b->k && ending != FB_SUMS;", "g.last = k0 + g.depth == b->k;"),
+        ("an empty sum is not written", "} while (k0 < b->k);", "} while (k0 + g.depth < b->k);"),
+        ("zeros are skipped, whatever they meet", "if (!finite || (double)g->rows", "if ((double)g->rows"),
+        ("a part has no bias of its own", ".bias = t->bias ? fb_at(t->bias, first, size) : NULL,", ".bias = t->bias,"),
+        ("mixing: the last block of two", ".last = k0 + FB_BLOCK >= positions,", ".last = k0 + FB_BLOCK > positions,"),
+        ("mixing: one x for the whole batch", "fb_at(t->x, b * t->x_batch, size), t->positions, t->features,",
+         "t->x, t->positions, t->features,"),
+        ("mixing: wide features start anew", "fb_at(x, k0 * features + j, size), features, g.depth, cols, workspace",
+         "fb_at(x, k0 * features, size), features, g.depth, cols, workspace"),
+    ],
+    "csrc/fb_attention.c": [
+        ("causal: a position does not see itself", "key[seen] <= i + r", "key[seen] < i + r"),
+        ("causal: a tile starts late", "key[seen - 1] >= i;", "key[seen - 1] > i;"),
+        ("masked keys move the blocks", "if (j % FB_BLOCK == FB_BLOCK - 1)", "if (n % FB_BLOCK == FB_BLOCK - 1 && 0)"),
+        ("one mask for the whole batch", "t->key_mask + b * t->positions : NULL", "t->key_mask : NULL"),
+        ("the scale is rounded once", "params->dtype == FB_F32 ? (float)root : root", "root * (1 + 0x1p-40)"),
+        ("masked weights are left as they were", "memset(out, 0, (size_t)(rows * t->positions * size));", "(void)out;"),
+        ("b_q of the first block for all", "b_q ? fb_at(b_q, e, size) : NULL", "b_q"),
+        ("ends of the first batch item", "t->ends + b * blocks_of(t->positions);\n    const ptrdiff_t allowed",
+         "t->ends;\n    const ptrdiff_t allowed"),
+    ],
+    "csrc/fb_block.c": [
+        ("key_mask of the first step for all", "key_mask ? key_mask + b * positions : NULL", "key_mask"),
+        ("x of the first step for all", "t.x = fb_at(x, b * x_batch, k->size);", "t.x = x;"),
+        ("small blocks share their weights", "mixing.a = fb_at(t->weights, b * t->weights_batch, k->size);",
+         "mixing.a = t->weights;"),
+        ("a block of a few numbers without relu", ".depth = features, .relu = 1};", ".depth = features, .relu = 0};"),
+        ("a tile crosses into the next batch item", "fb_min(fb_min(t->tile, t->positions - row % t->positions), end - row)",
+         "fb_min(t->tile, end - row)"),
+        ("one positions too many for a small block", "t->positions <= SMALL_POSITIONS &&", "t->positions <= SMALL_POSITIONS + 1 &&"),
+    ],
+    "csrc/fb_feed_forward.c": [
+        ("block sums of hidden units replace each other", ".first = f == 0,", ".first = 1,"),
+        ("b2 of the first columns for all", "t->params->b2 ? fb_at(t->params->b2, first, k->size) : NULL", "t->params->b2"),
+        ("b1 of the first units for all", "b1 ? fb_at(b1, f, t->k->size) : NULL", "b1"),
+        ("columns: hidden units of another block", "f / FB_BLOCK * t->rows * FB_ROW + f % FB_BLOCK", "f / FB_BLOCK * t->rows * FB_ROW"),
+        ("no hidden unit, no bias", "f += FB_BLOCK;\n    } while (f < params->w1.n);", "f += FB_BLOCK;\n    } while (f < params->w1.n && f);"),
+    ],
+    "fastblock/_core.pyx": [
+        ("what is strided is plain", "cnp.PyArray_TYPE(a) == kind and PyArray_ISCARRAY_RO(a)", "cnp.PyArray_TYPE(a) == kind"),
+        ("masked arrays pass", " or isinstance(a, np.ma.MaskedArray):", ":"),
+        ("swapped bytes pass", "    if cnp.PyArray_ISBYTESWAPPED(array):", "    if False:"),
+        ("a strided bias is read as it stands", "        raise wrong_shape(name, f\"({n},)\", bias)\n    return contiguous(bias)",
+         "        raise wrong_shape(name, f\"({n},)\", bias)\n    return bias"),
+        ("a read-only out is written", "    if not cnp.PyArray_ISWRITEABLE(array):", "    if False:"),
+        ("overlap from one side only", "return a0 < b0 + cnp.PyArray_NBYTES(b) and b0 < a0 + cnp.PyArray_NBYTES(a)",
+         "return a0 <= b0 and b0 < a0 + cnp.PyArray_NBYTES(a)"),
+        ("overlap needs two bytes", "and b0 < a0 + cnp.PyArray_NBYTES(a)", "and b0 + 8 < a0 + cnp.PyArray_NBYTES(a)"),
+        ("out may overlap x of a projection", "target_for(result, (x,))\n    cdef const void *source = cnp.PyArray_DATA(x)\n"
+         "    cdef void *destination = cnp.PyArray_DATA(target)\n    cdef fb_dtype dtype",
+         "target_for(result, ())\n    cdef const void *source = cnp.PyArray_DATA(x)\n"
+         "    cdef void *destination = cnp.PyArray_DATA(target)\n    cdef fb_dtype dtype"),
+        ("out may overlap the x that is mixed", "target_for(result, (a, x_array))", "target_for(result, (a,))"),
+        ("out may overlap the weights that mix", "target_for(result, (a, x_array))", "target_for(result, (x_array,))"),
+        ("out may overlap a bias", "target_for(result, (x_array, b))", "target_for(result, (x_array,))"),
+        ("out may overlap the key_mask of attention_weights", "target_for(result, (x_array, mask))", "target_for(result, (x_array,))"),
+        ("out may overlap the key_mask of a block", "target_for(result, (x, a, mask))", "target_for(result, (x, a))"),
+        ("out may overlap the weights of a block", "target_for(result, (x, a, mask))", "target_for(result, (x, mask))"),
+        ("out may overlap the weights of a small block", " and not overlap(out, x) and not overlap(out, weights)):",
+         " and not overlap(out, x)):"),
+        ("causal does not matter to a small block", "if (key_mask is None and not causal and is_plain(x, kind)",
+         "if (key_mask is None and is_plain(x, kind)"),
+        ("a strided key_mask is read as it stands", "    return contiguous(key_mask)", "    return key_mask"),
+        ("strided weights are packed as they stand", "    cdef fb_dtype dtype = dtype_of(w)\n    w = contiguous(w)\n",
+         "    cdef fb_dtype dtype = dtype_of(w)\n"),
+        ("a batch of one matrix is shared", "return 0 if n == 2 else", "return 0 if n == 2 or cnp.PyArray_DIM(a, 0) == 2 else"),
+        ("weights of a block are never shared", "weights_batch = 0 if a is None else batch_stride(a)",
+         "weights_batch = 0 if a is None else positions * positions"),
+        ("another dtype than the block's passes", "        if dtype_of(array) != self.params.dtype:", "        if False:"),
+        ("a block can be initialised twice", "        if self.params.w1.data != NULL:\n            raise RuntimeError(",
+         "        if False:\n            raise RuntimeError("),
+        ("an unpacked bias lacks its last byte", "for i in range(cnp.PyArray_NBYTES(b)):", "for i in range(cnp.PyArray_NBYTES(b) - 1):"),
+        ("sizes overflow", "        size *= max(n, 1)", "        size *= 1"),
+        ("num_threads entered twice forgets", "set_num_threads(self.before.pop())", "set_num_threads(self.before[-1])"),
+        ("more than 256 threads", "fb_set_num_threads(min(count, 256))", "fb_set_num_threads(min(count, 2**31 - 1))"),
+        ("leading dimensions broadcast one way only", "        if x_lead and x_lead != lead:", "        if False:"),
+    ],
+}
+
+
+def all_mutants():
+    return {name: (file, old, new) for file, mutants in MUTANTS.items() for name, old, new in mutants}
+
+
+def check_list():
+    """Every mutant has a name of its own, and its old text is in the file once."""
+    names = [name for mutants in MUTANTS.values() for name, _, _ in mutants]
+    problems = [f"{name}: named twice" for name in set(names) if names.count(name) > 1]
+    for name, (file, old, _) in all_mutants().items():
+        found = (ROOT / file).read_text().count(old)
+        if found != 1:
+            problems.append(f"{name}: the old text is in {file} {found} times")
+    return problems
+
+
+# ---- building
+
+
+def call(*command):
+    result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command[:3]))} ...: {result.stderr[-2000:]}")
+    return result.stdout
+
+
+class Build:
+    """A copy of the sources in a folder, with objects beside them and the package to import."""
+
+    def __init__(self, folder, base=None):
+        self.folder, self.base = folder, base
+        for part in ("csrc", "fastblock"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.so", "*.c" if part == "fastblock" else ""))
+        self.package = folder / "package"
+        (self.package / "fastblock").mkdir(parents=True)
+        for file in (ROOT / "fastblock").glob("*.py"):
+            shutil.copy(file, self.package / "fastblock")
+        (folder / "objects").mkdir()
+
+    def mutate(self, file, old, new):
+        path = self.folder / file
+        path.write_text(path.read_text().replace(old, new))
+
+    def sources(self):
+        return [*sorted((self.folder / "csrc").glob("*.c")), self.folder / "fastblock" / "_core.pyx"]
+
+    def depends(self, source, changed):
+        """Whether a source has to be compiled again after a change of one file."""
+        if source == changed:
+            return True
+        if source.suffix == ".pyx":
+            return changed.parent.name == "fastblock" or changed.name == "fastblock.h"
+        return changed.suffix == ".h" and changed.name in call(compiler(), "-MM", *FLAGS, source)
+
+    def compile(self, source):
+        target = self.folder / "objects" / f"{source.stem}.o"
+        flags = [*FLAGS, "-I", self.folder / "csrc", "-I", sysconfig.get_path("include"), "-I", np.get_include()]
+        if source.suffix == ".pyx":
+            call(sys.executable, "-m", "cython", "-3", source, "-o", source.with_suffix(".c"))
+            source = source.with_suffix(".c")
+        call(compiler(), "-c", *flags, source, "-o", target)
+
+    def make(self, changed=None):
+        """Compile what has changed (or everything), take the rest from the baseline, and link."""
+        objects = []
+        for source in self.sources():
+            name = Path("objects") / f"{source.stem}.o"
+            if self.base is None or self.depends(source, self.folder / changed):
+                self.compile(source)
+                objects.append(self.folder / name)
+            else:
+                objects.append(self.base.folder / name)
+        target = self.package / "fastblock" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+        call(compiler(), "-shared", "-pthread", *objects, "-lm", "-o", target)
+
+    def test(self, more):
+        """None if all tests pass, else what noticed."""
+        files = [path for name in TESTS if (path := ROOT / "tests" / f"test_{name}.py").exists()]
+        command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files, *more]
+        environment = {**os.environ, "PYTHONPATH": str(self.package), "PYTHONDONTWRITEBYTECODE": "1"}
+        process = subprocess.Popen(
+            [str(c) for c in command], cwd=ROOT, env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the interpreters that tests have started
+            process.communicate()
+            return "timed out"
+        if process.returncode == 0:
+            return None
+        found = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", output, re.M)
+        if found:
+            return found[1]
+        if process.returncode < 0:
+            inside = re.findall(r"^tests/(test_\w+\.py)", output, re.M)
+            return f"{signal.Signals(-process.returncode).name} {''.join(inside[-1:])}".strip()
+        return f"exit status {process.returncode}: {output.strip()[-500:]}"
+
+
+def compiler():
+    return (sysconfig.get_config_var("CC") or "cc").split()[0]
+
+
+def where_it_comes_from(build):
+    """The path of the core that the tests of this build import."""
+    code = "import fastblock._core; print(fastblock._core.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(build.package)}
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment).stdout.strip()
+
+
+def try_mutant(folder, base, name, more):
+    """(name, what happened, seconds of the build, seconds of the tests)"""
+    file, old, new = all_mutants()[name]
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        build = Build(Path(own) / "mutant", base)
+        build.mutate(file, old, new)
+        try:
+            build.make(file)
+        except RuntimeError as error:
+            return name, f"DOES NOT BUILD: {error}", time.perf_counter() - start, 0
+        built = time.perf_counter()
+        killer = build.test(more)
+        return name, killer or "SURVIVED", built - start, time.perf_counter() - built
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--list", action="store_true", help="only list the mutants")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="mutants whose name contains one of these")
+    parser.add_argument("--jobs", type=int, default=1)
+    arguments = sys.argv[1:]
+    more = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
+    options = parser.parse_args(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    problems = check_list()
+    if problems:
+        print(*problems, sep="\n", file=sys.stderr)
+        return 2
+    names = [n for n in all_mutants() if not options.only or any(part in n for part in options.only)]
+    if options.list:
+        for name in names:
+            print(f"{all_mutants()[name][0]:30} {name}")
+        print(f"{len(names)} mutants")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        base = Build(Path(folder) / "baseline")
+        base.make()
+        came = where_it_comes_from(base)
+        if not came.startswith(str(base.package)):
+            print(f"the tests would import {came}, not the baseline", file=sys.stderr)
+            return 2
+        if failure := base.test(more):
+            print(f"the tests fail without any mutant: {failure}", file=sys.stderr)
+            return 2
+        survivors = []
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for name, result, build, test in pool.map(lambda n: try_mutant(folder, base, n, more), names):
+                print(f"{name:55} {result}  ({build:.0f} + {test:.0f} s)", flush=True)
+                if result.startswith(("SURVIVED", "DOES NOT BUILD")):
+                    survivors.append(name)
+    print(f"{len(names)} mutants, {len(survivors)} not killed{': ' if survivors else ''}{', '.join(survivors)}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
