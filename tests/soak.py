@@ -314,11 +314,12 @@ def expected(call):
     if name == "Stack":
         y = arrays["x"]
         for i in blocks_of(arrays):
-            given = arrays.get(f"{i}.weights")
-            y = of_the_block({**of_block(arrays, i), "x": y, "weights": given, "key_mask": arrays.get("key_mask")}, options)
+            block, given = of_block(arrays, i), arrays.get(f"{i}.weights")
+            own = {"key_mask": arrays.get("key_mask"), **options} if given is None else {}
+            y = reference.block(y, **block, weights=given, **own)
         return y
     if name in ("Block", "Block, own weights"):
-        return of_the_block({"weights": None, **dict.fromkeys(LAYERS), **arrays}, options)
+        return reference.block(**dict.fromkeys(LAYERS) | arrays, **options)
     if name == "Block.feed_forward":
         return reference.feed_forward(arrays["x"], *(arrays.get(n) for n in LAYERS))
     if name in ("Block.up_project", "Block.down_project"):
@@ -327,25 +328,6 @@ def expected(call):
     if name == "feed_forward":
         return reference.feed_forward(arrays["x"], *(arrays.get(n) for n in LAYERS))
     return getattr(reference, name)(**arrays, **options)
-
-
-def of_the_block(arrays, options):
-    """reference.block"""
-    x, weights = arrays["x"], arrays["weights"]
-    layers = [arrays[n] for n in LAYERS]
-    if weights is not None:
-        return reference.block(x, *layers, weights)
-    own = {n: arrays.get(n) for n in QUERY_KEY}
-    mask = arrays.get("key_mask")
-    weights = reference.attention_weights(x, **own, key_mask=mask, **options)
-    allowed = np.ones(weights.shape, bool)
-    if "causal" in options:
-        allowed &= np.tri(x.shape[-2], dtype=bool)
-    if mask is not None:
-        allowed &= np.broadcast_to(mask, x.shape[:-1])[..., None, :]
-    seen = np.where(allowed[..., None, :], np.swapaxes(x, -1, -2)[..., None, :, :], x.dtype.type(0))
-    z = reference.finish(reference.chain256(weights[..., None, :], seen))
-    return reference.feed_forward(z, *layers)
 
 
 def prepared(call, arrays, out, fresh):
