@@ -25,6 +25,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,7 @@ def few_outliers(rng, shape, dtype):
     return np.where(where, any_magnitude(rng, shape, dtype), array)
 
 
-WILD = [any_magnitude, any_magnitude, any_finite, subnormal, largest, few_outliers, few_outliers, *INPUT_CLASSES.values()]
+WILD = [*[any_magnitude, few_outliers] * 2, any_finite, subnormal, largest, *INPUT_CLASSES.values()]
 
 
 def tame(rng, shape, dtype):
@@ -200,10 +201,11 @@ def draw_sizes(rng, operation, hard, dtype):
     sizes = {name: draw_size(rng) for name in ("P", "D", "F", "E")}
     sizes["blocks"] = int(rng.integers(1, 4)) if operation == "Stack" else 1
     sizes["items"] = int(rng.choice([1, 2, 3])) if operation in SEES_ITS_NEIGHBOURS else draw_size(rng)
-    if "feed_forward" in operation and not hard and rng.random() < 0.05:  # weights of 2 MiB and more are kept in rows, too
-        sizes |= {"D": int(rng.integers(760, 1040)), "F": int(rng.integers(700, 800)), "items": int(rng.choice([1, 2, 3, 5]))}
     if operation not in SEES_ITS_NEIGHBOURS:
         sizes["P"] = 1
+    if operation == "Block.feed_forward" and not hard and rng.random() < 0.1:  # w2 of 2 MiB: it is kept in rows, too
+        large = {"D": (760, 1040), "F": (700, 800), "items": (1, 6)}
+        return sizes | {name: int(rng.integers(*between)) for name, between in large.items()}
     while cost(sizes, operation, hard, dtype)[0] > SECONDS:
         name = max(("P", "D", "F", "E", "items"), key=lambda n: sizes[n])
         smaller = [n for _, some in SIZES for n in some if sizes[name] // 4 <= n < sizes[name]]
@@ -223,31 +225,27 @@ def make_call(seed, number):
     own = operation in OWN_WEIGHTS
     item = (p,) if operation in SEES_ITS_NEIGHBOURS else ()
     shapes = {
-        "x": (m, *item, f if operation == "bias_relu" else d), "h": (m, *item, f), "weights": (m, p, p), "key_mask": (m, p),
-        "bias": (f,), "w1": (f, d), "b1": (f,), "w2": (d, f), "b2": (d,),
+        "x": (m, *item, f if operation == "bias_relu" else d), "h": (m, *item, f), "weights": (m, p, p),
+        "key_mask": (m, p), "bias": (f,), "w1": (f, d), "b1": (f,), "w2": (d, f), "b2": (d,),
         "w_q": (e, d), "w_k": (e, d), "b_q": (e,), "b_k": (e,),
     }  # fmt: skip
     arrays, options, notes = {}, {}, []
-    names = [n for n in OPERATIONS[operation] if n not in OPTIONAL or rng.random() < 0.7 or n + operation == "b1bias_relu"]
+    names = [n for n in OPERATIONS[operation] if n not in OPTIONAL or rng.random() < 0.7]
     wild = rng.choice([n for n in names if n != "key_mask"])
     for name in names:
         if name == "key_mask":
             arrays[name] = key_masks(rng, shapes[name])
             continue
-        for prefix in [f"{i}." for i in range(sizes["blocks"])] if name in LAYERS + QUERY_KEY and operation == "Stack" else [""]:
-            make = WILD[rng.integers(len(WILD))] if kind == "all wild" or (kind == "one wild" and name == wild) else tame
+        each = operation == "Stack" and name in LAYERS + QUERY_KEY
+        for prefix in [f"{i}." for i in range(sizes["blocks"])] if each else [""]:
+            is_wild = kind == "all wild" or (kind == "one wild" and name == wild)
+            make = WILD[rng.integers(len(WILD))] if is_wild else tame
             with np.errstate(all="ignore"):
                 array = np.asarray(make(rng, shapes[name], dtype), dtype)
-                # mostly where exp changes its ways
-                magnitude = dtype(2.0 ** int(rng.integers(-10, rng.choice([70, exponents(dtype)[1]], p=[0.8, 0.2]))))
-                if name == "w_q" and scores == "any magnitude":
-                    array = array * magnitude
-                if name == "x" and scores == "outliers" and operation in OWN_WEIGHTS:  # a few keys
-                    array = np.where(rng.random((*shapes["key_mask"], 1)) < 2 / max(p, 1), array * magnitude, array)
-            if rng.random() < 0.35 and array.ndim > 1:
-                array = with_zeros(rng, array)
-            arrays[prefix + name] = array
-            if make is not tame:
+                if own and (name, scores) in [("w_q", "any magnitude"), ("x", "outliers")]:
+                    array = for_scores(rng, name, array)
+            arrays[prefix + name] = with_zeros(rng, array) if rng.random() < 0.35 and array.ndim > 1 else array
+            if is_wild:
                 notes.append(f"{prefix}{name}: {make.__name__.strip('_').replace('_', ' ')},")
     if own and rng.random() < 0.5:
         options["causal"] = True
@@ -264,6 +262,15 @@ def make_call(seed, number):
             arrays[name] = arrays[name][0]
             itemized.remove(name)
     return Call(operation, dtype, arrays, m, itemized, options, cost(sizes, operation, hard, dtype)[1], notes=notes)
+
+
+def for_scores(rng, name, array):
+    """All scores of a softmax of another magnitude, or those of a few keys; mostly where exp changes its ways."""
+    most = rng.choice([70, exponents(array.dtype)[1]], p=[0.8, 0.2])
+    magnitude = array.dtype.type(2.0 ** int(rng.integers(-10, most)))
+    if name == "w_q":
+        return array * magnitude
+    return np.where(rng.random((*array.shape[:-1], 1)) < 2 / max(array.shape[-2], 1), array * magnitude, array)
 
 
 def given_weights(rng, arrays, sizes, dtype):
@@ -348,7 +355,7 @@ def prepared(call, arrays, out, fresh):
         return partial(getattr(fastblock, name), **{**none, **arrays}, **options)
     method = name.partition(".")[2] or "__call__"
     if fresh:
-        return partial(lambda make, method, keywords: getattr(make(), method)(**keywords), make, method, {**rest, **options})
+        return partial(lambda make, keywords: getattr(make(), method)(**keywords), make, {**rest, **options})
     call.block = call.block or make()
     return partial(getattr(call.block, method), **rest, **options)
 
@@ -468,8 +475,9 @@ def compare(rng, call, tier, mode, describe):
     describe(what)
 
     before = {}
+    repeated = leading and chosen.size > 1 and (chosen == chosen.flat[0]).all()
     for name, array in arrays.items():
-        if name in call.itemized and leading and chosen.size > 1 and (chosen == chosen.flat[0]).all() and rng.random() < 0.5:
+        if repeated and name in call.itemized and rng.random() < 0.5:
             arrays[name] = np.broadcast_to(array[(0,) * len(leading)], array.shape)
         elif rng.random() < 0.5:
             arrays[name], memory = placed(rng, array, 0xFF)
@@ -493,7 +501,8 @@ def compare(rng, call, tier, mode, describe):
     setting = mode.known[fp] if fp else mode.default
     function, error, got = prepared(call, arrays, out, fresh), None, None
     set_mode, fegetenv, after = mode.library.fesetenv, mode.library.fegetenv, ctypes.create_string_buffer(128)
-    set_mode(setting)  # from here to where it is set back nothing else happens: Python itself has no place in such a mode
+    # While the mode is set nothing else happens: Python itself must not divide in it.
+    set_mode(setting)
     try:
         got = function()
     except Exception as failure:  # noqa: BLE001 (whatever it is, it is a finding)
@@ -529,17 +538,13 @@ def differences(got, want):
     """None, or a function that tells (how many elements differ, what was found)."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return lambda what: (want.size or 1, f"{what}: got {got.dtype}{got.shape}, expected {want.dtype}{want.shape}")
-    got = np.ascontiguousarray(got)
-    if got.tobytes() == want.tobytes():
+    bits, expected_bits = (np.ascontiguousarray(a).view(f"u{want.itemsize}") for a in (got, want))
+    where = np.argwhere(bits != expected_bits)
+    if not len(where):
         return None
-
-    def tell(what):
-        unsigned = f"u{want.itemsize}"
-        where = np.argwhere(got.view(unsigned) != np.ascontiguousarray(want).view(unsigned)) if want.ndim else np.zeros((1, 0))
-        first = tuple(int(i) for i in where[0])
-        return len(where), f"{what}: {len(where)} of {want.size} differ, at {list(first)} {got[first]!r}, not {want[first]!r}"
-
-    return tell
+    first = tuple(where[0].tolist())
+    found = f"{len(where)} of {want.size} differ, at {list(first)} {got[first]!r}, not {want[first]!r}"
+    return lambda what: (len(where), f"{what}: {found}")
 
 
 def soak(seed, number, mode, verbose=False):
@@ -583,17 +588,23 @@ def work(seed, first, step, seconds):
         number += step
 
 
+COUNTED = ["calls", "comparisons", "bytes", "differing"]
+
+
 class Report:
     """Of all processes: sums by operation, printed at the end; what differs, as soon as it is known."""
 
     def __init__(self, seed):
         self.seed, self.sums, self.lock, self.failed = seed, {}, threading.Lock(), 0
 
+    def of(self, operation):
+        return self.sums.setdefault(operation, dict.fromkeys(COUNTED, 0))
+
     def add(self, line):
         with self.lock:
-            sums = self.sums.setdefault(line["operation"], dict.fromkeys(["calls", "comparisons", "bytes", "differing"], 0))
+            sums = self.of(line["operation"])
             sums["calls"] += 1
-            for name in ("comparisons", "bytes", "differing"):
+            for name in COUNTED[1:]:
                 sums[name] += line[name]
             if line["messages"]:
                 self.failed += 1
@@ -604,8 +615,7 @@ class Report:
         with self.lock:
             self.failed += 1
             call = make_call(self.seed, number)
-            sums = self.sums.setdefault(call.operation, dict.fromkeys(["calls", "comparisons", "bytes", "differing"], 0))
-            sums["differing"] += 1
+            self.of(call.operation)["differing"] += 1
             self.tell(number, [str(call), f"the process died: {name}"])
 
     def tell(self, number, messages):
@@ -614,7 +624,7 @@ class Report:
 
     def print(self):
         total = {}
-        print(f"{'operation':20}{'calls':>8}{'comparisons':>13}{'bytes':>16}{'differing':>11}")
+        print(f"{'operation':20}{COUNTED[0]:>9}{COUNTED[1]:>13}{COUNTED[2]:>18}{COUNTED[3]:>13}")
         for operation in OPERATIONS:
             sums = self.sums.get(operation, {})
             for name, value in sums.items():
@@ -624,8 +634,8 @@ class Report:
 
     @staticmethod
     def _print(operation, sums):
-        n = [sums.get(name, 0) for name in ("calls", "comparisons", "bytes", "differing")]
-        print(f"{operation:20}{n[0]:8,}{n[1]:13,}{n[2]:16,}{n[3]:11,}")
+        n = [sums.get(name, 0) for name in COUNTED]
+        print(f"{operation:20}{n[0]:9,}{n[1]:13,}{n[2]:18,}{n[3]:13,}")
 
 
 def supervise(report, seed, first, step, end):
@@ -665,13 +675,8 @@ def main():
         return 1 if report["differing"] else 0
     report = Report(options.seed)
     end = time.monotonic() + 60 * options.minutes
-    threads = [
-        threading.Thread(target=supervise, args=(report, options.seed, job, options.jobs, end)) for job in range(options.jobs)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda job: supervise(report, options.seed, job, options.jobs, end), range(options.jobs)))
     report.print()
     return 1 if report.failed else 0
 
