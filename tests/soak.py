@@ -72,6 +72,7 @@ SIZES = [
 MANY = [1, 1, 2, 3, 7, 16, 33, 47, 48, 95, 97, 128, 129, 191, 300, 500]  # items of a comparison
 SECONDS = 0.25  # that the reference may take, about
 WORK = {"portable": 3e6, "others": 6e7}  # multiply-adds of a comparison, at most
+BYTES = 1e8  # of the items of a comparison, at most
 
 
 # ---- values
@@ -450,7 +451,8 @@ class Mode:
 
 def compare(rng, call, tier, mode, describe):
     """One comparison: (bytes compared, elements that differ, what went wrong)."""
-    most = WORK.get(tier, WORK["others"]) / max(call.work, 1)
+    size = sum(a.nbytes for n, a in call.arrays.items() if n in call.itemized) + call.want.nbytes
+    most = min(WORK.get(tier, WORK["others"]) / max(call.work, 1), BYTES * max(call.items, 1) / max(size, 1))
     leading = (min(int(rng.choice(MANY)), max(int(most), 1)),)
     if call.items == 0:
         leading = (0,)
