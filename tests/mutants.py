@@ -443,8 +443,8 @@ MUTANTS = {  # file: (name, old text, new text)
         ),
         (
             "one part too few",
-            "for (int part = 1; arena.memory && part < parts; part++)",
-            "for (int part = 1; arena.memory && part < parts - 1; part++)",
+            "arena.memory && part < parts && !fb_stop(0)",
+            "arena.memory && part < parts - 1 && !fb_stop(0)",
         ),
         ("threads share their memory", "pool.memory + thread * pool.each", "pool.memory"),
     ],
@@ -477,7 +477,7 @@ MUTANTS = {  # file: (name, old text, new text)
         ("a chain without blocks", "g.first = k0 == 0;", "g.first = k0 <= FB_BLOCK;"),
         ("sums are finished", "g.last = k0 + g.depth == b->k && ending != FB_SUMS;", "g.last = k0 + g.depth == b->k;"),
         ("an empty sum is not written", "} while (k0 < b->k);", "} while (k0 + g.depth < b->k);"),
-        ("zeros are skipped, whatever they meet", "if (!finite || (double)g->rows", "if ((double)g->rows"),
+        ("zeros are skipped, whatever they meet", "if (!finite || work_of(g)", "if (work_of(g)"),
         ("mixing: the last block of two", ".last = k0 + FB_BLOCK >= positions,", ".last = k0 + FB_BLOCK > positions,"),
         ("a part has no bias of its own", ".bias = p->bias ? fb_at(p->bias, first, size) : NULL,", ".bias = p->bias,"),
         ("mixing: one x for the whole batch", "m.x = fb_at(t->x, b * t->x_batch, size);", "m.x = t->x;"),
@@ -692,7 +692,7 @@ MUTANTS = {  # file: (name, old text, new text)
             "const fb_fp_mode mode = fb_fp_enter();\n    fb_arena arena",
             "const fb_fp_mode mode = fb_fp_enter();\n    fb_fp_leave(mode);\n    fb_arena arena",
         ),
-        ("memory that cannot be had is not missed", "return arena.memory ? FB_OK : FB_NO_MEMORY;", "return FB_OK;"),
+        ("memory that cannot be had is not missed", "return !arena.memory ? FB_NO_MEMORY : atomic", "return atomic"),
     ],
 }  # fmt: skip
 
