@@ -205,6 +205,11 @@ typedef struct fb_attending {
 } fb_attending;
 fb_operation fb_attend;
 
+/* fb_cpus.c: how many CPUs this process may use, at least 1; and how many by the quotas of its cgroups, 0 if there is none,
+ * where root stands before the name of every file (the tests have trees of their own; "": this system's). */
+int fb_available_cpus(void);
+int fb_quota_cpus(const char *root);
+
 /* fb_threads.c: fb_run is an operation that does every part of a task, on at most `threads` threads, each in the default
  * floating-point mode and with memory of its own, as much as the task says it uses. fb_threads: how many threads of the
  * arena `work` multiply-adds are worth, at most `limit`. fb_parts: into how many parts to cut it for them, a whole number a

@@ -12,7 +12,6 @@
 #include <errno.h>
 #include <math.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
 
 enum { MOST_PARTS = 8 /* a thread */ };
@@ -39,42 +38,9 @@ static ptrdiff_t serial(fb_task *task, const void *job, int parts, fb_arena aren
 #include <pthread.h>
 #include <signal.h>
 #include <time.h>
-#include <unistd.h>
 #ifdef __linux__
 #include <sched.h>
 #endif
-
-/* CPUs that this process may use: its affinity, cut to its cgroup's quota (version 2, then version 1). */
-static int available_cpus(void)
-{
-    long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0)
-        cpus = CPU_COUNT(&set);
-    double quota = 0, period = 0;
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
-    if (f) {
-        if (fscanf(f, "%lf %lf", &quota, &period) != 2)
-            quota = 0; /* "max" */
-        fclose(f);
-    } else if ((f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "r"))) {
-        if (fscanf(f, "%lf", &quota) != 1)
-            quota = 0;
-        fclose(f);
-        if ((f = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "r"))) {
-            if (fscanf(f, "%lf", &period) != 1)
-                period = 0;
-            fclose(f);
-        }
-    }
-    if (quota > 0 && period > 0) {
-        long whole = (long)((quota + period - 1) / period);
-        cpus = whole < cpus ? whole : cpus;
-    }
-#endif
-    return cpus < 1 ? 1 : cpus > FB_MAX_THREADS ? FB_MAX_THREADS : (int)cpus;
-}
 
 enum {
     SPINS = 20000,  /* about 50 us: longer than the serial stretches between two calls of a stack of blocks */
@@ -274,11 +240,6 @@ static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t eac
 
 #else /* no threads on this platform */
 
-static int available_cpus(void)
-{
-    return 1;
-}
-
 static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t each, int threads, int parts)
 {
     (void)each;
@@ -294,7 +255,7 @@ int fb_get_num_threads(void)
     if (!n) {
         n = from_environment("FASTBLOCK_NUM_THREADS");
         n = n ? n : from_environment("OMP_NUM_THREADS");
-        n = n ? n : available_cpus();
+        n = n ? n : fb_available_cpus();
         atomic_store(&num_threads, n);
     }
     return n;

@@ -65,6 +65,9 @@ cdef extern from *:
     int PyErr_CheckSignals()  # declared without its exception: it is to stay set until the call has ended
     unsigned long PyThread_get_thread_ident() noexcept nogil
 
+cdef extern from "fb_kernels.h" nogil:
+    int fb_quota_cpus(const char *root)
+
 _nothing = type("nothing", (), {})()  # "got nothing"
 
 cdef enum:
@@ -1302,6 +1305,11 @@ def set_num_threads(n=_nothing):
     if count < 1:
         raise ValueError(f"n: expected at least 1 thread, got {count}")
     fb_set_num_threads(min(count, 256))
+
+
+def _quota_cpus(root):
+    """How many CPUs the files of the cgroups under `root` allow, 0 if they say nothing: for the tests."""
+    return fb_quota_cpus(os.fsencode(root))
 
 
 class num_threads:
