@@ -20,7 +20,8 @@
 #endif
 
 typedef enum { FB_F32 = 0, FB_F64 = 1 } fb_dtype;
-typedef enum { FB_OK = 0, FB_NO_MEMORY = 1, FB_INTERRUPTED = 2 } fb_status;
+/* FB_NO_TIER: the environment variable FASTBLOCK_ISA asks for a tier that this CPU or this build has not. */
+typedef enum { FB_OK = 0, FB_NO_MEMORY = 1, FB_INTERRUPTED = 2, FB_NO_TIER = 3 } fb_status;
 
 /* ---- packed parameters */
 
@@ -79,23 +80,27 @@ fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrd
 const char *fb_isa_name(int i);
 int fb_isa_compiled(int i);
 int fb_isa_usable(int i);
-/* The tier in use; and use tier i, which must be usable (returns whether it is). */
+/* The tier in use: the one given to fb_use_isa, else what FASTBLOCK_ISA names, else the best; -1 if that one is missing. And
+ * use tier i, which must be usable (returns whether it is). */
 int fb_isa(void);
 int fb_use_isa(int i);
 
 /* ---- threads: large calls are cut into as many parts; from several threads at once, one call gets the pool */
-FB_EXPORT int fb_get_num_threads(void); /* exported for threadpoolctl, which knows a library by its symbols */
+/* Those with FB_EXPORT are for threadpoolctl, which knows a library by its symbols. */
+FB_EXPORT int fb_get_num_threads(void); /* of the calling thread: its own number, else that of the process */
+FB_EXPORT int fb_get_process_threads(void);
 FB_EXPORT void fb_set_num_threads(int n); /* n >= 1; 0: the default, min(CPUs of this process, its CPU quota) or what the
                                    environment says: FASTBLOCK_NUM_THREADS, else OMP_NUM_THREADS */
+void fb_set_own_threads(int n); /* for the calls of the calling thread only; 0: that of the process */
 
 /* ---- interruption: a call that takes long asks `check` every 30 ms or so, from the thread of the caller, whether to stop,
  * and if it returns anything but 0 ends with FB_INTERRUPTED. One function for the whole process; NULL: none. */
 void fb_set_interrupt(int (*check)(void));
 
 /* ---- the primitives of the tier in use, elementwise over n elements */
-void fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n);
-void fb_exp(fb_dtype dtype, const void *x, void *out, ptrdiff_t n);
+fb_status fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n);
+fb_status fb_exp(fb_dtype dtype, const void *x, void *out, ptrdiff_t n);
 /* Keep the FMA units busy with independent chains in registers, in loop 0 or 1; *flops receives the operations done. */
-double fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, int loop, double *flops);
+fb_status fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, int loop, double *flops);
 
 #endif

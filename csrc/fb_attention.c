@@ -167,6 +167,8 @@ fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const v
                                const uint8_t *key_mask, void *out)
 {
     const struct fb_kernels *k = fb_kernels_in_use(params->dtype);
+    if (!k)
+        return FB_NO_TIER;
     return fb_call(fb_attend, &(fb_attending){
         .k = k, .params = params, .batch = batch, .positions = positions, .x = x, .causal = causal, .key_mask = key_mask,
         .out = out, .stream = batch * positions * positions * k->size >= STREAMED,

@@ -2,6 +2,8 @@
 #include "fb_kernels.h"
 
 #include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
 
 #define FB_TIER_ROW(tier) {#tier, fb_kernels_##tier},
 static const struct {
@@ -17,9 +19,10 @@ static int cpu_has(const char *tier)
 {
 #if FB_X86 && (defined(__GNUC__) || defined(__clang__))
     __builtin_cpu_init(); /* asks the operating system, too, whether it saves the wide registers */
-    if (tier[0] == 'a')
-        return tier[3] == '5' ? __builtin_cpu_supports("avx512f")
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (strcmp(tier, "avx512") == 0)
+        return __builtin_cpu_supports("avx512f");
+    if (strcmp(tier, "avx2") == 0)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
     (void)tier;
     return 1; /* neon and portable need nothing that the target does not promise */
@@ -44,8 +47,11 @@ int fb_isa(void)
 {
     int i = atomic_load_explicit(&in_use, memory_order_relaxed);
     if (i < 0) { /* two threads that come here at once choose the same */
-        for (i = 0; !fb_isa_usable(i); i++)
+        const char *name = getenv("FASTBLOCK_ISA");
+        for (i = 0; i < TIERS && (!fb_isa_usable(i) || (name && *name && strcmp(name, tiers[i].name))); i++)
             ;
+        if (i == TIERS)
+            return -1;
         atomic_store_explicit(&in_use, i, memory_order_relaxed);
     }
     return i;
@@ -61,27 +67,36 @@ int fb_use_isa(int i)
 
 const struct fb_kernels *fb_kernels_in_use(fb_dtype dtype)
 {
-    return tiers[fb_isa()].kernels[dtype];
+    const int i = fb_isa();
+    return i < 0 ? NULL : tiers[i].kernels[dtype];
 }
 
-void fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n)
+fb_status fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n)
 {
-    fb_fp_mode mode = fb_fp_enter();
-    fb_kernels_in_use(dtype)->fma(a, b, c, out, n);
+    const fb_fp_mode mode = fb_fp_enter();
+    const struct fb_kernels *k = fb_kernels_in_use(dtype);
+    if (k)
+        k->fma(a, b, c, out, n);
     fb_fp_leave(mode);
+    return k ? FB_OK : FB_NO_TIER;
 }
 
-void fb_exp(fb_dtype dtype, const void *x, void *out, ptrdiff_t n)
+fb_status fb_exp(fb_dtype dtype, const void *x, void *out, ptrdiff_t n)
 {
-    fb_fp_mode mode = fb_fp_enter();
-    fb_kernels_in_use(dtype)->exp(x, out, n);
+    const fb_fp_mode mode = fb_fp_enter();
+    const struct fb_kernels *k = fb_kernels_in_use(dtype);
+    if (k)
+        k->exp(x, out, n);
     fb_fp_leave(mode);
+    return k ? FB_OK : FB_NO_TIER;
 }
 
-double fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, int loop, double *flops)
+fb_status fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, int loop, double *flops)
 {
-    fb_fp_mode mode = fb_fp_enter();
-    double sum = fb_kernels_in_use(dtype)->fma_chains(rounds, loop, flops);
+    const fb_fp_mode mode = fb_fp_enter();
+    const struct fb_kernels *k = fb_kernels_in_use(dtype);
+    if (k)
+        k->fma_chains(rounds, loop, flops);
     fb_fp_leave(mode);
-    return sum;
+    return k ? FB_OK : FB_NO_TIER;
 }

@@ -107,7 +107,7 @@ struct fb_kernels {
 FB_TIERS(FB_DECLARE_TIER)
 #undef FB_DECLARE_TIER
 
-/* fb_dispatch.c: the kernels of the tier in use */
+/* fb_dispatch.c: the kernels of the tier in use, NULL if there is none */
 const struct fb_kernels *fb_kernels_in_use(fb_dtype dtype);
 
 /* fb_memory.c: 64-byte-aligned memory for rows x cols elements, NULL if that overflows or cannot be had; fb_free frees it */
@@ -128,6 +128,7 @@ FB_INLINE ptrdiff_t fb_bytes(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size);
 typedef ptrdiff_t fb_operation(const void *arguments, fb_arena arena);
 /* Every public function that computes: the operation, in the default floating-point mode, with all the memory that it will
  * need, taken before the first result is written. */
+/* The arguments of an operation begin with its kernels; NULL: there is no tier. */
 fb_status fb_call(fb_operation *operation, const void *arguments);
 /* Whether the call that this thread works for is to end; asked before each piece of work, which is `work` multiply-adds and
  * takes a few milliseconds at most. Whoever is told so returns, with results undefined. */

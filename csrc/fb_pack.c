@@ -30,8 +30,10 @@ void fb_panels_fill(const struct fb_kernels *k, const void *w, ptrdiff_t w_row, 
 
 fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k, ptrdiff_t w_row, fb_panels *out)
 {
-    const fb_fp_mode mode = fb_fp_enter();
     const struct fb_kernels *kernels = fb_kernels_in_use(dtype);
+    if (!kernels)
+        return FB_NO_TIER;
+    const fb_fp_mode mode = fb_fp_enter();
     const ptrdiff_t padded = n <= PTRDIFF_MAX - kernels->panel ? fb_round_up(n, kernels->panel) : n;
     void *data = fb_alloc(padded, k, kernels->size);
     if (data) {
@@ -46,6 +48,8 @@ fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k
 fb_status fb_panels_keep_rows(fb_dtype dtype, fb_panels *panels)
 {
     const struct fb_kernels *kernels = fb_kernels_in_use(dtype);
+    if (!kernels)
+        return FB_NO_TIER;
     const ptrdiff_t size = kernels->size, width = kernels->panel, n = fb_round_up(panels->n, width), k = panels->k;
     if (!panels->finite || n * k * size < KEEP_ROWS)
         return FB_OK;

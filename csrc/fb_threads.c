@@ -17,7 +17,8 @@
 enum { MOST_PARTS = 8 /* a thread */ };
 static const double PART_WORK = 1e6; /* multiply-adds: about 20 us; waking a sleeping worker takes 5 to 50 us */
 
-static _Atomic int num_threads; /* 0: not yet known */
+static _Atomic int num_threads; /* of the process; 0: not yet known */
+static _Thread_local int own_threads; /* 0: none */
 
 static int from_environment(const char *name)
 {
@@ -250,6 +251,16 @@ static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t eac
 #endif
 
 int fb_get_num_threads(void)
+{
+    return own_threads ? own_threads : fb_get_process_threads();
+}
+
+void fb_set_own_threads(int n)
+{
+    own_threads = n < 0 ? 1 : n > FB_MAX_THREADS ? FB_MAX_THREADS : n;
+}
+
+int fb_get_process_threads(void)
 {
     int n = atomic_load(&num_threads);
     if (!n) {

@@ -10,6 +10,7 @@ cdef extern from "fastblock.h" nogil:
         FB_OK
         FB_NO_MEMORY
         FB_INTERRUPTED
+        FB_NO_TIER
     ctypedef struct fb_panels:
         void *data
         Py_ssize_t n, k
@@ -44,8 +45,10 @@ cdef extern from "fastblock.h" nogil:
     int fb_isa()
     int fb_use_isa(int i)
     int fb_get_num_threads()
+    int fb_get_process_threads()
+    void fb_set_own_threads(int n)
     void fb_set_num_threads(int n)
     void fb_set_interrupt(int (*check)() noexcept nogil)
-    void fb_fma(fb_dtype, const void *a, const void *b, const void *c, void *out, Py_ssize_t n)
-    void fb_exp(fb_dtype, const void *x, void *out, Py_ssize_t n)
-    double fb_fma_chains(fb_dtype, Py_ssize_t rounds, int loop, double *flops)
+    fb_status fb_fma(fb_dtype, const void *a, const void *b, const void *c, void *out, Py_ssize_t n)
+    fb_status fb_exp(fb_dtype, const void *x, void *out, Py_ssize_t n)
+    fb_status fb_fma_chains(fb_dtype, Py_ssize_t rounds, int loop, double *flops)

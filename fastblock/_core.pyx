@@ -1275,6 +1275,16 @@ def get_num_threads():
     return fb_get_num_threads()
 
 
+cdef int thread_count(n) except -1:
+    try:
+        count = operator.index(n)
+    except TypeError:
+        raise TypeError(f"n: expected a number of threads, got {type(n).__name__}") from None
+    if count < 1:
+        raise ValueError(f"n: expected at least 1 thread, got {count}")
+    return min(count, 256)
+
+
 def set_num_threads(n=_nothing):
     """set_num_threads(n)\n--\n\n\
     Let large calls use up to `n` threads from now on, in the whole process. No result depends on it.
@@ -1298,13 +1308,7 @@ def set_num_threads(n=_nothing):
     >>> fastblock.get_num_threads()
     2
     """
-    try:
-        count = operator.index(n)
-    except TypeError:
-        raise TypeError(f"n: expected a number of threads, got {type(n).__name__}") from None
-    if count < 1:
-        raise ValueError(f"n: expected at least 1 thread, got {count}")
-    fb_set_num_threads(min(count, 256))
+    fb_set_num_threads(thread_count(n))
 
 
 def _quota_cpus(root):
@@ -1312,10 +1316,13 @@ def _quota_cpus(root):
     return fb_quota_cpus(os.fsencode(root))
 
 
-class num_threads:
-    """Context manager: large calls use up to `n` threads inside, and as many as before afterwards.
+@cython.auto_pickle(False)
+cdef class num_threads:
+    """num_threads(n)\n--\n\n\
+    Context manager: large calls use up to `n` threads inside, and as many as before afterwards.
 
-    The number is that of the whole process, as with `set_num_threads`.
+    The number holds for the calls of the thread that enters, and for no other; in it, it goes before that of the process,
+    which `set_num_threads` sets. Of several contexts that a thread is in, the one entered last counts.
 
     Parameters
     ----------
@@ -1330,20 +1337,35 @@ class num_threads:
     1
     """
 
-    def __init__(self, n):
+    cdef readonly object n  # None until __init__
+
+    def __init__(self, n=_nothing):
+        """__init__($self, n)\n--\n\n\
+        Check the number."""
+        thread_count(n)
         self.n = n
-        self.before = []  # one may be entered again inside itself
 
     def __enter__(self):
-        if not hasattr(self, "before"):
+        if self.n is None:
             raise RuntimeError("num_threads has no number: its __init__ has not been called")
-        before = get_num_threads()
-        set_num_threads(self.n)
-        self.before.append(before)
+        count = thread_count(self.n)
+        if not hasattr(_entered, "contexts"):
+            _entered.contexts = []
+        _entered.contexts.append((self, count))
+        fb_set_own_threads(count)
         return self
 
     def __exit__(self, *exception):
-        set_num_threads(self.before.pop())
+        contexts = getattr(_entered, "contexts", [])
+        for i in reversed(range(len(contexts))):  # generators and coroutines may leave in another order
+            if contexts[i][0] is self:
+                del contexts[i]
+                fb_set_own_threads(contexts[-1][1] if contexts else 0)
+                return
+        raise RuntimeError("num_threads: this thread has not entered it, or has left it")
+
+
+_entered = threading.local()  # contexts: what the thread is in, the last one last
 
 
 def _cpu():
@@ -1413,9 +1435,6 @@ _requested = os.environ.get("FASTBLOCK_NUM_THREADS")
 if _requested and not (_requested.isascii() and _requested.isdigit() and _requested.strip("0")):
     raise ImportError(f"FASTBLOCK_NUM_THREADS: expected a number of threads, at least 1, got {_requested[:40]!r}")
 _requested = os.environ.get("FASTBLOCK_ISA")
-if _requested:
-    try:
-        use_isa(_requested)
-    except ValueError:
-        raise ImportError(f"FASTBLOCK_ISA: expected one of {', '.join(isas())} (the tiers of this CPU and build), "
-                          f"got {_requested!r}") from None
+if fb_isa() < 0:
+    raise ImportError(f"FASTBLOCK_ISA: expected one of {', '.join(isas())} (the tiers of this CPU and build), "
+                      f"got {_requested!r}")

@@ -14,10 +14,10 @@ else:
         user_api = "fastblock"
         internal_api = "fastblock"
         filename_prefixes = ("_core.",)
-        check_symbols = ("fb_get_num_threads", "fb_set_num_threads")
+        check_symbols = ("fb_get_process_threads", "fb_set_num_threads")
 
         def get_num_threads(self):
-            return self.dynlib.fb_get_num_threads()
+            return self.dynlib.fb_get_process_threads()  # what it restores is the number of the process
 
         def set_num_threads(self, num_threads):
             self.dynlib.fb_set_num_threads(num_threads)

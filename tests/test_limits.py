@@ -8,9 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import fastblock
 from fastblock._core import _quota_cpus
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="cgroups are Linux's")
@@ -173,3 +175,23 @@ def test_threads_by_default(tmp_path, name):
         [*mount, script, tmp_path, sys.executable], capture_output=True, text=True, timeout=60, env=environment
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "1\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
+def test_a_tier_that_is_missing_is_a_status(tmp_path):
+    """For a C program, too: every function says so, and none falls back."""
+    root = Path(__file__).resolve().parent.parent
+    sources = [*sorted((root / "csrc").glob("*.c")), root / "tests" / "tiers" / "no_tier.c"]
+    flags = ["-std=gnu11", "-O0", "-ffp-contract=off", "-Wno-psabi", "-pthread", "-I", root / "csrc"]
+    program = tmp_path / "no_tier"
+    subprocess.run(["gcc", *flags, *sources, "-lm", "-o", program], check=True)
+
+    def printed(tier):
+        environment = os.environ | {"FASTBLOCK_ISA": tier}
+        return subprocess.run([program], env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    assert printed("no-such-tier") == ["-1"] + ["2"] * 11 + ["1", "0"]
+    for name in ("", fastblock.isas()[0], fastblock.isas()[-1]):
+        got = printed(name)
+        assert int(got[0]) >= 0 and got[1:] == ["0"] * 11 + ["1", "0"], name

@@ -463,8 +463,61 @@ def test_one_context_manager_used_again_inside_itself():
         fastblock.set_num_threads(4)
         with three:
             assert fastblock.get_num_threads() == 3
-        assert fastblock.get_num_threads() == 4
+        assert fastblock.get_num_threads() == 3  # the number of the process waits outside
+    assert fastblock.get_num_threads() == 4
+
+
+def test_contexts_of_two_threads_that_overlap():
+    """Each counts in its own thread, in whichever order they end, and leaves nothing behind."""
+    fastblock.set_num_threads(5)
+    shared, seen = fastblock.num_threads(3), []
+
+    def in_a_thread(work):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    def look():
+        seen.append(fastblock.get_num_threads())
+        with shared:
+            seen.append(fastblock.get_num_threads())
+        seen.append(fastblock.get_num_threads())
+
+    entered, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with fastblock.num_threads(2):
+            entered.set()
+            leave.wait()
+
+    other = threading.Thread(target=stay)
+    with shared:
+        other.start()
+        entered.wait()
+        in_a_thread(look)
+        assert fastblock.get_num_threads() == 3
     assert fastblock.get_num_threads() == 5
+    leave.set()
+    other.join()
+    assert fastblock.get_num_threads() == 5
+    assert seen == [5, 3, 5]
+
+
+def test_contexts_of_one_thread_that_overlap():
+    """As those of two generators may."""
+    fastblock.set_num_threads(5)
+    first, second = fastblock.num_threads(3).__enter__(), fastblock.num_threads(2).__enter__()
+    first.__exit__()
+    assert fastblock.get_num_threads() == 2
+    second.__exit__()
+    assert fastblock.get_num_threads() == 5
+    with pytest.raises(RuntimeError, match="^num_threads: this thread has not entered it, or has left it$"):
+        second.__exit__()
+
+
+def test_a_context_without_a_number():
+    with pytest.raises(TypeError, match="^n: expected a number of threads, got nothing$"):
+        fastblock.num_threads()
 
 
 SHOW = "import fastblock; print(fastblock.get_num_threads())"
@@ -538,6 +591,10 @@ def test_threadpoolctl():
         assert fastblock.get_num_threads() == 1
     with threadpoolctl.threadpool_limits(1, user_api="blas"):
         assert fastblock.get_num_threads() == 5
+    assert fastblock.get_num_threads() == 5
+    with fastblock.num_threads(2), threadpoolctl.threadpool_limits(3, user_api="fastblock"):
+        assert fastblock.get_num_threads() == 2
+        assert seen() == 3
     assert fastblock.get_num_threads() == 5
 
 
