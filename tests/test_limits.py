@@ -191,7 +191,7 @@ def test_a_tier_that_is_missing_is_a_status(tmp_path):
         environment = os.environ | {"FASTBLOCK_ISA": tier}
         return subprocess.run([program], env=environment, capture_output=True, text=True, check=True).stdout.split()
 
-    assert printed("no-such-tier") == ["-1"] + ["2"] * 11 + ["1", "0"]
+    assert printed("no-such-tier") == ["-1"] + ["3"] * 11 + ["1", "0"]
     for name in ("", fastblock.isas()[0], fastblock.isas()[-1]):
         got = printed(name)
         assert int(got[0]) >= 0 and got[1:] == ["0"] * 11 + ["1", "0"], name
