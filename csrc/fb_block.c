@@ -84,7 +84,8 @@ static ptrdiff_t small_part(const void *job, fb_arena arena, int part, int parts
                            .rows = positions, .cols = hidden, .depth = features, .relu = 1};
     fb_product down = {.a = h, .a_row = k->lanes, .b = params->w2.data, .bias = params->b2, .c_row = features,
                        .rows = positions, .cols = features, .depth = hidden};
-    for (ptrdiff_t b = t->batch * part / parts; b < end; b++) {
+    const double work = (double)positions * (double)features * ((double)positions + 2.0 * (double)hidden);
+    for (ptrdiff_t b = t->batch * part / parts; b < end && !fb_stop(work); b++) {
         mixing.a = fb_at(t->weights, b * t->weights_batch, k->size);
         mixing.b = fb_at(t->x, b * t->x_batch, k->size);
         down.c = fb_at(t->out, b * positions * features, k->size);

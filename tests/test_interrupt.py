@@ -56,6 +56,22 @@ def test_what_a_handler_raises_ends_the_call(long_call, after, threads, error, s
         same_bytes(block.feed_forward(x[:200]), few, "the next call")
 
 
+def test_a_large_batch_of_small_blocks(after):
+    """Tens of millions of items, each of which takes some nanoseconds."""
+
+    def handler(*_):
+        raise Stop
+
+    one = np.ones((1, 1), np.float32)
+    block, x = fastblock.Block(one, None, one, None), np.ones((30_000_000, 1, 1), np.float32)
+    out = np.full_like(x, np.nan)
+    with fastblock.num_threads(1):
+        after(0.02, handler)
+        with pytest.raises(Stop):
+            block(x, one, out=out)
+    assert np.isnan(out[-1]).all()
+
+
 def test_a_handler_that_returns_changes_nothing(after, same_bytes):
     """It may even call us: that call takes no part in the one that it interrupts."""
     rng = np.random.default_rng(1)
