@@ -218,6 +218,8 @@ int fb_quota_cpus(const char *root);
 typedef ptrdiff_t fb_task(const void *job, fb_arena arena, int part, int parts);
 ptrdiff_t fb_run(fb_task *task, const void *job, int threads, int parts, fb_arena arena);
 int fb_threads(fb_arena arena, double work, ptrdiff_t limit);
+/* Changes in a child of a process whose workers it has not. */
+int fb_forks(void);
 int fb_parts(int threads, double work, ptrdiff_t limit);
 
 FB_INLINE ptrdiff_t fb_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }

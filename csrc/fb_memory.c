@@ -113,7 +113,11 @@ fb_status fb_call(fb_operation *operation, const void *arguments)
     arena.memory = is_small ? small : bytes < FB_MOST_BYTES ? fb_alloc(bytes, 1, 1) : NULL;
     if (arena.memory) {
         calling = &call;
-        operation(arguments, arena);
+        int forks;
+        do { /* once more in a child that a signal's handler has forked meanwhile: what the workers had taken is lost there */
+            forks = fb_forks();
+            operation(arguments, arena);
+        } while (forks != fb_forks());
         calling = outer;
     }
     if (is_small)

@@ -152,9 +152,17 @@ static void *worker(void *argument)
     return NULL;
 }
 
+static _Atomic int forks; /* between this process and the one that started the first worker */
+
+int fb_forks(void)
+{
+    return atomic_load_explicit(&forks, memory_order_relaxed);
+}
+
 /* In a forked child no worker exists, and a lock may be held by nobody: begin anew. */
 static void forget_workers(void)
 {
+    atomic_fetch_add(&forks, 1);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
     pthread_cond_init(&pool.done, NULL);
@@ -240,6 +248,11 @@ static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t eac
 }
 
 #else /* no threads on this platform */
+
+int fb_forks(void)
+{
+    return 0;
+}
 
 static void parallel(fb_task *task, const void *job, char *memory, ptrdiff_t each, int threads, int parts)
 {

@@ -1,5 +1,6 @@
 """Signals: a call that takes long looks for them, in the main thread; what a handler raises ends the call."""
 
+import os
 import signal
 import threading
 
@@ -90,6 +91,30 @@ def test_a_handler_that_returns_changes_nothing(after, same_bytes):
             while not seen:  # as many calls as it takes, on a machine however fast
                 same_bytes(block.feed_forward(x), want, f"{threads} threads")
             same_bytes(seen[0], inner, f"the call of the handler, {threads} threads")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_handler_that_forks(long_call, after):
+    """The child goes on with the call, without the threads that had a part of it."""
+    block, x = long_call
+    x = x[:6000]
+    want, parent, children = block.feed_forward(x).tobytes(), os.getpid(), []
+
+    def handler(*_):
+        children.append(os.fork())
+
+    with fastblock.num_threads(3):
+        while not children:  # as many calls as it takes, on a machine however fast
+            out = np.full_like(x, np.nan)
+            after(0.03, handler)
+            try:
+                right = block.feed_forward(x, out=out).tobytes() == want
+            finally:
+                if os.getpid() != parent:
+                    os._exit(0 if right else 1)
+            assert right
+    assert os.waitpid(children[0], 0)[1] == 0
 
 
 def test_calls_of_other_threads_go_on(long_call, after, same_bytes):
