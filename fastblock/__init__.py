@@ -23,6 +23,8 @@ Results are defined to the last bit by `fastblock.reference`, in plain NumPy, un
 ``python -m fastblock`` prints a worked example to follow with pencil and paper.
 """
 
+from . import _process  # noqa: F401 (first: see there)
+
 import os
 import sys
 from binascii import crc32

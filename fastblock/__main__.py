@@ -1,60 +1,34 @@
 """The command line: ``fastblock`` or ``python -m fastblock``.
 
-Exit status 0: done. 1: a result differed from the reference. 2: bad input, in one sentence on stderr.
+Exit status 0: done. 1: a result differed from the reference, and nothing else. 2: bad input, or an output that cannot be
+written, in one sentence on stderr. 3: a fault of fastblock, with a traceback. 130, 141: interrupted, the reader has left.
 """
 
 import argparse
 import math
-import os
-import signal
 import sys
 import threading
 import time
 
 import numpy as np
 
-from . import __version__, show_config
-from ._files import atomic_write, check_seekable, one_line
+from . import __version__, _process, show_config
+from ._files import atomic_write, check_seekable
 from .block import load
 
-
-class _Terminated(BaseException):
-    """A signal that ends a process by default; an exception so that the unfinished output is removed first."""
-
-    SIGNALS = [
-        getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
-        if hasattr(signal, name)
-    ]
-
-    @classmethod
-    def catch(cls):
-        for number in cls.SIGNALS:
-            if signal.getsignal(number) == signal.SIG_DFL:  # one that is ignored, as under nohup, stays ignored
-                signal.signal(number, cls._raise)
-
-    @classmethod
-    def _raise(cls, number, frame):
-        for other in cls.SIGNALS:  # a second one does not stop the cleaning
-            signal.signal(other, signal.SIG_IGN)
-        raise cls(number)
+PART_BYTES = 2**24  # of a batch, at most, that are read, computed and written together
 
 
 def main(argv=None):
     """Run the command line with the arguments `argv`; return the exit status."""
-    arguments = _parser().parse_args(argv)
     try:
+        arguments = _parser().parse_args(argv)
         status = arguments.command(arguments)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # the reader has left, as `head` does: no traceback, and none when Python flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        return 130
-    except _Terminated as terminated:  # who waits for this process sees the signal
-        [number] = terminated.args
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+    except SystemExit as leaving:  # the parser has printed help, or what is wrong
+        status = leaving.code
+    except (Exception, KeyboardInterrupt, _process.Terminated) as error:
+        status = _process.status_of(error)
+    return _process.finish(status)
 
 
 def _parser():
@@ -97,45 +71,46 @@ def _parser():
 def _walkthrough(arguments):
     from . import walkthrough
 
-    return 0 if walkthrough.main() else 1
+    _check_stdout()
+    return _process.DONE if walkthrough.main() else _process.DIFFERS
 
 
 def _config(arguments):
+    _check_stdout()
     show_config()
-    return 0
+    return _process.DONE
+
+
+def _check_stdout():
+    if sys.stdout is None:
+        raise ValueError("standard output: expected a stream to print on, got a closed one")
 
 
 def _run(arguments):
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        _Terminated.catch()
+        _process.Terminated.catch()
+    for path in (arguments.params, arguments.input, arguments.weights, arguments.output):
+        if path == "-":
+            raise ValueError("-: expected the name of a file; standard streams are not used (./- is a file)")
+    model = load(arguments.params)
+    x = _open_array(arguments.input)
+    expected = f"(..., positions, {model.features})"
+    _check(arguments.input, x, model, expected, x.ndim >= 2 and x.shape[-1] == model.features)
+    weights = None
+    if arguments.weights is not None:
+        weights = _open_array(arguments.weights)
+        square = x.shape[-2:-1] * 2
+        shapes = dict.fromkeys([square, x.shape[:-2] + square])
+        _check(arguments.weights, weights, model, " or ".join(map(str, shapes)), weights.shape in shapes)
     try:
-        for path in (arguments.params, arguments.input, arguments.weights, arguments.output):
-            if path == "-":
-                raise ValueError("-: expected the name of a file; standard streams are not used (./- is a file)")
-        model = load(arguments.params)
-        x = _open_array(arguments.input)
-        expected = f"(..., positions, {model.features})"
-        _check(arguments.input, x, model, expected, x.ndim >= 2 and x.shape[-1] == model.features)
-        weights = None
-        if arguments.weights is not None:
-            weights = _open_array(arguments.weights)
-            square = x.shape[-2:-1] * 2
-            shapes = dict.fromkeys([square, x.shape[:-2] + square])
-            _check(arguments.weights, weights, model, " or ".join(map(str, shapes)), weights.shape in shapes)
         with atomic_write(arguments.output) as file:
             _write_results(file, model, x, weights, arguments.causal)
-    except OSError as error:
-        return _bad_input(f"{error.filename or arguments.output}: {error.strerror or error}")
+    except OSError as error:  # of writing, which knows no name
+        error.filename = error.filename or arguments.output
+        raise
     except MemoryError as error:
-        return _bad_input(f"{arguments.input}: not enough memory ({error})")
-    except (TypeError, ValueError) as error:
-        return _bad_input(error)
-    return 0
-
-
-def _bad_input(sentence):
-    print(f"fastblock: {one_line(sentence)}", file=sys.stderr)
-    return 2
+        raise MemoryError(f"{error}; the input is {arguments.input}") from error
+    return _process.DONE
 
 
 def _open_array(path):
@@ -164,23 +139,33 @@ def _write_results(file, model, x, weights, causal):
     np.lib.format.write_array_header_2_0(
         file, {"descr": np.lib.format.dtype_to_descr(x.dtype), "fortran_order": False, "shape": x.shape}
     )
-    total = math.prod(x.shape[:-2])
-    x = x.reshape(total, *x.shape[-2:])
     batched = weights is not None and weights.ndim > 2
+    total = math.prod(x.shape[:-2])
+    item_bytes = math.prod(x.shape[-2:]) * x.itemsize
     if batched:
-        weights = weights.reshape(total, *weights.shape[-2:])
-    done, size = 0, 1
+        item_bytes += math.prod(weights.shape[-2:]) * weights.itemsize
+    most = max(1, PART_BYTES // max(1, item_bytes))
+    # An item of a Fortran-order file lies all over it: the more are read together, the fewer times it is read.
+    done, size = 0, 1 if x.flags.c_contiguous else most
     with _Progress(total) as progress:
         while True:  # once at least, so that an empty batch meets the same checks
             start = time.monotonic()
-            part = slice(done, done + size)
-            file.write(model(x[part], weights[part] if batched else weights, causal=causal).data)
-            done = min(total, done + size)
+            end = min(total, done + size)
+            file.write(model(_items(x, done, end), _items(weights, done, end) if batched else weights, causal=causal).data)
+            done = end
             if done == total:
                 return
             progress.update(done)
             if time.monotonic() - start < 0.1:
-                size *= 2
+                size = min(2 * size, most)
+
+
+def _items(array, start, end):
+    """Items start to end - 1 of the batch `array`, (end - start, ., .): no other is read or copied."""
+    lead, item = array.shape[:-2], array.shape[-2:]
+    if array.flags.c_contiguous or len(lead) < 2:
+        return array.reshape(math.prod(lead), *item)[start:end]
+    return array[np.unravel_index(np.arange(start, end), lead)]
 
 
 class _Progress:

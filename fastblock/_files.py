@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
+from ._process import one_line
+
 MARKER = "fastblock_format"
 
 
@@ -51,11 +53,6 @@ def check_seekable(path):
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise ValueError(f"{os.fsdecode(path)}: expected a regular file, which can be read at any place, got a stream")
-
-
-def one_line(text):
-    """The text of an error or a name from a file, which can have several lines, for use within a sentence."""
-    return " ".join(str(text).splitlines())
 
 
 def write_arrays(path, kind, arrays):

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, overload
 import numpy as np
 
 from ._core import PackedBlock, _deliver
-from ._files import one_line, read_arrays, write_arrays
+from ._files import read_arrays, write_arrays
+from ._process import one_line
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -622,8 +622,13 @@ MUTANTS = {  # file: (name, old text, new text)
             "for i in range(cnp.PyArray_NBYTES(b) - 1):",
         ),
         ("sizes overflow", "        size *= max(n, 1)", "        size *= 1"),
-        ("num_threads entered twice forgets", "set_num_threads(self.before.pop())", "set_num_threads(self.before[-1])"),
-        ("more than 256 threads", "fb_set_num_threads(min(count, 256))", "fb_set_num_threads(min(count, 2**31 - 1))"),
+        (
+            "num_threads entered twice forgets",
+            "fb_set_own_threads(contexts[-1][1] if contexts else 0)",
+            "fb_set_own_threads(0)",
+        ),
+        ("num_threads is left in order only", "for i in reversed(range(len(contexts))):", "for i in range(len(contexts) - 1, len(contexts)):"),
+        ("more than 256 threads", "return min(count, 256)", "return min(count, 2**31 - 1)"),
         ("leading dimensions broadcast one way only", "        if x_lead and x_lead != lead:", "        if False:"),
         ("masked arrays pass", " or issubclass(type(a), np.ma.MaskedArray):", ":"),
         (

@@ -3,13 +3,17 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import sysconfig
 import time
+import tracemalloc
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,8 +152,6 @@ def test_config_with_a_chosen_tier(tmp_path):
     for isa in fastblock.isas():
         result = command("config", cwd=tmp_path, env=os.environ | {"FASTBLOCK_ISA": isa})
         assert re.search(rf"^isa +{isa}$", result.stdout, re.MULTILINE), result
-    result = command("config", cwd=tmp_path, env=os.environ | {"FASTBLOCK_ISA": "no-such-tier"})
-    assert result.returncode != 0 and "no-such-tier" in result.stderr and "FASTBLOCK_ISA" in result.stderr
 
 
 def test_help_and_usage(tmp_path):
@@ -165,6 +167,113 @@ def test_help_and_usage(tmp_path):
     for arguments in (["walk"], ["run"], ["run", "a", "b"], ["--causal"], ["config", "x"]):
         result = command(*arguments, cwd=tmp_path)
         assert result.returncode == 2 and "usage: fastblock" in result.stderr
+
+
+# ---- streams, signals, environment: before and while the package is imported, too
+
+SCRIPT = [sys.executable, "-W", "error", str(Path(sysconfig.get_path("scripts")) / "fastblock")]
+
+
+@pytest.mark.parametrize("how", [COMMAND, SCRIPT], ids=["-m", "script"])
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("FASTBLOCK_ISA", "no-such-tier", "expected one of .*portable.*, got 'no-such-tier'"),
+        ("FASTBLOCK_NUM_THREADS", "two", "expected a number of threads, at least 1, got 'two'"),
+    ],
+)
+def test_a_fault_of_the_environment_is_a_sentence(name, value, sentence, how, tmp_path):
+    for arguments in (["config"], [], ["run", "a", "b", "-o", "c"]):
+        result = subprocess.run(
+            [*how, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {name: value}
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        assert re.fullmatch(f"fastblock: {name}: {sentence}.*\n", result.stderr), result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("how", [COMMAND, SCRIPT], ids=["-m", "script"])
+@pytest.mark.parametrize("module", ["numpy", "numpy.linalg", "fastblock._core", "fastblock.block", "argparse", "fastblock.__main__"])
+def test_an_interrupt_while_modules_are_imported(module, how, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"""if True:
+        import os, signal, sys
+        class Finder:
+            def find_spec(name, *_):
+                if name == {module!r}:
+                    os.write(1, b"interrupted")
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Finder)
+        """)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([*how, "config"], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "interrupted", "")
+
+
+def test_a_fault_of_our_own_is_no_difference(monkeypatch, capfd):
+    def fail():
+        raise ZeroDivisionError("of our own")
+
+    monkeypatch.setattr(cli, "show_config", fail)
+    assert cli.main(["config"]) == 3
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("Traceback") and err.endswith("ZeroDivisionError: of our own\n")
+
+
+def test_a_failure_of_the_timings_is_no_difference(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert cli.main([]) == 3
+    assert "the process that takes the times ended with status 1" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("stderr", ["", "closed", "full", "left"])
+@pytest.mark.parametrize("stdout", ["", "closed", "full", "left"])
+def test_standard_streams_that_take_nothing(stdout, stderr, unbuffered, files):
+    make_bad_inputs(files)
+    expected = fastblock.Block.load(files / "block.npz")(np.load(files / "x.npy")).tobytes()
+    printing = {"": 0, "closed": 2, "full": 2, "left": 141}[stdout]
+    help_status = {"": {0}, "closed": {0}, "full": {0, 2}, "left": {0, 141}}[stdout]  # argparse may swallow the failure
+    for arguments, statuses in [
+        ("run block.npz x.npy -o y.npy", {0}),
+        ("run block.npz wrong-features.npy -o there.npy", {2}),
+        ("run block.npz", {2}),
+        ("config", {printing}),
+        ("--help", help_status),
+    ]:
+        out, err = Stream(stdout, files / "stdout"), Stream(stderr, files / "stderr")
+        status = subprocess.run(
+            [*COMMAND, *arguments.split()],
+            cwd=files, stdout=out.fd, stderr=err.fd, timeout=60, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            preexec_fn=lambda: [os.close(n) for n, stream in ((1, out), (2, err)) if stream.kind == "closed"],
+        ).returncode  # fmt: skip
+        said = err.close()
+        out.close()
+        assert status in statuses, (arguments, status, said)
+        assert b"Traceback" not in said and b"Exception ignored" not in said, said
+        if not stderr and status == 2 and arguments != "run block.npz":
+            assert said.startswith(b"fastblock: ") and said.count(b"\n") == 1, said
+        if arguments.endswith("y.npy") and status == 0 and "wrong" not in arguments:
+            assert (files / "y.npy").read_bytes()[-len(expected) :] == expected
+            (files / "y.npy").unlink()
+    assert (files / "there.npy").read_bytes() == b"an output of yesterday"
+
+
+class Stream:
+    """A standard stream for a process: a file, nothing, a full device, or a pipe that nobody reads."""
+
+    def __init__(self, kind, path):
+        self.kind, self.path = kind, path
+        if kind == "left":
+            reader, self.fd = os.pipe()
+            os.close(reader)
+        else:
+            self.fd = os.open("/dev/full" if kind == "full" else path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def close(self):
+        """What the process has written, if that can be seen."""
+        os.close(self.fd)
+        return self.path.read_bytes() if self.kind in ("", "closed") else b""
 
 
 # ---- run
@@ -527,6 +636,27 @@ def test_run_shows_progress_after_a_second(terminal, files, monkeypatch, capfd, 
     assert err.endswith("\r[########################################] 4 of 4, 1 s\n")
     assert "1 of 4" not in err  # not before there is something to wait for
     same_bytes(np.load(files / "there.npy"), np.load(files / "x.npy"))
+
+
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("lead", [(256,), (2, 4, 32)], ids=str)
+def test_run_holds_a_part_of_the_batch_only(lead, order, files, monkeypatch, same_bytes):
+    """Of x and weights, 16 MB each; peaks below three parts: what is read of each, and the result."""
+    rng = np.random.default_rng(5)
+    block = make_block(shapes={"w1": (8, 128), "b1": (8,), "w2": (128, 8), "b2": (128,)})
+    block.save(files / "wide.npz")
+    x, weights = (rng.random((*lead, 128, 128), np.float32) for _ in range(2))
+    np.save(files / "x.npy", np.array(x, order=order))
+    np.save(files / "A.npy", np.array(weights, order=order))
+    monkeypatch.setattr(cli, "PART_BYTES", 2**20)
+    tracemalloc.start()
+    try:
+        assert run_in_process(files, monkeypatch, "wide.npz", "x.npy", "--weights", "A.npy", "-o", "y.npy") == 0
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * 2**20, peak
+    same_bytes(np.load(files / "y.npy"), block(x, weights))
 
 
 def test_run_splits_a_batch_without_changing_a_bit(files, monkeypatch, same_bytes):
