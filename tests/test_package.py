@@ -75,6 +75,7 @@ def test_wheel(distributions):
                 f"fastblock/_core{SUFFIX}",
                 "fastblock/_core.pyi",
                 "fastblock/_files.py",
+                "fastblock/_process.py",
                 "fastblock/_threadpool.py",
                 "fastblock/block.py",
                 "fastblock/py.typed",
