@@ -25,6 +25,11 @@ typedef enum { FB_OK = 0, FB_NO_MEMORY = 1, FB_INTERRUPTED = 2, FB_NO_TIER = 3 }
 
 /* ---- packed parameters */
 
+/* The exponents, as encoded, of the numbers of smallest and of largest magnitude, zeros left out; 0: subnormal. */
+typedef struct {
+    int low, high;
+} fb_range;
+
 /* A matrix (n, k) of weights in column panels: for each block of 256 k, for each panel of 64 bytes (16 float or 8 double
  * outputs), k-major, the panel's outputs side by side; outputs beyond n are +0.0. The same layout for every tier. */
 typedef struct {
@@ -32,6 +37,8 @@ typedef struct {
     void *rows; /* NULL, or the matrix once more: k rows of n outputs, padded with +0.0 to whole panels */
     ptrdiff_t n, k;
     int finite; /* no infinity or NaN: its zeros may be skipped, and zeros that meet it */
+    int shift;  /* data and rows hold 2^shift times the numbers, if some of these are subnormal */
+    fb_range range;
 } fb_panels;
 
 /* The parameters of a block, as fb_params_pack leaves them. Biases are padded to whole panels; NULL: none. */

@@ -49,6 +49,7 @@ static void pack_keys(const attention_job *t, ptrdiff_t b)
     *ends = PTRDIFF_MAX; /* the open last block */
     t->packed[b].n = n;
     fb_panels_fill(a->k, keys, width, &t->packed[b]);
+    fb_look_at_panels(a->k, &t->packed[b]);
 }
 
 static ptrdiff_t pack_part(const void *job, fb_arena arena, int part, int parts)
@@ -71,6 +72,8 @@ static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_aren
     void *scores = fb_take(&arena, fb_bytes(fb_round_up(t->tile, FB_SOFTMAX_ROWS), t->scores_row, size));
     void *queries = fb_take(&arena, fb_stage_bytes(k, t->tile, width));
     void *stage = fb_take(&arena, fb_stage_bytes(k, t->tile, w_q->k));
+    const fb_panels keys = {.n = positions, .k = width};
+    void *lowered = fb_take(&arena, fb_max(fb_lowered_bytes(k, w_q), fb_lowered_bytes(k, &keys)));
     if (!arena.memory || fb_stop((double)rows * (double)positions * (double)(width + 32)))
         return arena.used;
     const ptrdiff_t *key = t->key + b * positions, *ends = t->ends + b * blocks_of(positions);
@@ -85,7 +88,7 @@ static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_aren
             seen++;
         count[r] = seen;
     }
-    const fb_left x = fb_stage(k, fb_at(a->x, (b * positions + i) * w_q->k, size), w_q->k, rows, w_q->k, width, stage);
+    const fb_left x = fb_stage(k, fb_at(a->x, (b * positions + i) * w_q->k, size), w_q->k, rows, w_q, width, stage);
     for (ptrdiff_t e = 0; e < width; e += FB_BLOCK)
         fb_matmul(k, &(fb_product){
             .a = x.at,
@@ -96,10 +99,15 @@ static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_aren
             .rows = rows,
             .cols = fb_min(FB_BLOCK, width - e),
             .first_col = e,
+            .shift = x.shift,
+            .lowered = lowered,
         }, w_q, FB_FINISH);
+    const fb_left left = fb_fit(k, (fb_left){queries, FB_ROW, 0}, rows, &t->packed[b], queries);
     fb_matmul(k, &(fb_product){
         .a = queries,
         .a_row = FB_ROW,
+        .shift = left.shift,
+        .lowered = lowered,
         .c = scores,
         .c_row = t->scores_row,
         .rows = rows,

@@ -120,6 +120,7 @@ FB_INLINE uint64_t fb_load_offsets(const uint16_t *p)
 typedef unsigned fb_fp_mode;
 #define FB_MXCSR_MODE 0xffc0u /* all but the sticky flags */
 #define FB_MXCSR_DEFAULT 0x1f80u
+#define FB_MXCSR_SUBNORMAL 2u /* sticky: an operand was subnormal */
 FB_INLINE fb_fp_mode fb_fp_enter(void)
 {
     fb_fp_mode old = _mm_getcsr();
@@ -131,7 +132,17 @@ FB_INLINE void fb_fp_leave(fb_fp_mode old)
 {
     if ((old & FB_MXCSR_MODE) != FB_MXCSR_DEFAULT)
         _mm_setcsr(old);
+    else if (old & FB_MXCSR_SUBNORMAL)
+        _mm_setcsr(_mm_getcsr() | FB_MXCSR_SUBNORMAL);
 }
+/* Between the two: whether an operand was subnormal since the first. */
+FB_INLINE void fb_fp_forget_subnormals(void)
+{
+    const unsigned now = _mm_getcsr();
+    if (now & FB_MXCSR_SUBNORMAL)
+        _mm_setcsr(now & ~FB_MXCSR_SUBNORMAL);
+}
+FB_INLINE int fb_fp_met_subnormals(void) { return (_mm_getcsr() & FB_MXCSR_SUBNORMAL) != 0; }
 #elif FB_AARCH64
 typedef uint64_t fb_fp_mode;
 FB_INLINE fb_fp_mode fb_fp_enter(void)
@@ -161,6 +172,10 @@ FB_INLINE void fb_fp_leave(fb_fp_mode old)
 {
     fesetenv(&old);
 }
+#endif
+#if !FB_X86 /* they cost nothing, or nobody knows */
+FB_INLINE void fb_fp_forget_subnormals(void) {}
+FB_INLINE int fb_fp_met_subnormals(void) { return 0; }
 #endif
 
 #endif

@@ -62,7 +62,8 @@ static ptrdiff_t rows_part(const void *plan_, fb_arena arena, int part, int part
     for (ptrdiff_t row = total * part / parts, n; row < end; row += n) {
         n = fb_min(fb_min(plan->tile, t->positions - row % t->positions), end - row);
         mix(plan, row, n, z, arena);
-        const fb_left mixed = z == stage ? (fb_left){z, plan->z_row} : fb_stage(k, z, plan->z_row, n, features, params->w1.n, stage);
+        const fb_left mixed = z == stage ? fb_fit(k, (fb_left){z, plan->z_row, 0}, n, &params->w1, z)
+                                          : fb_stage(k, z, plan->z_row, n, &params->w1, params->w1.n, stage);
         fb_feed_forward_rows(k, params, mixed, n, fb_at(t->out, row * features, k->size), arena);
     }
     return arena.used;

@@ -17,7 +17,8 @@ typedef struct feed_forward {
 } feed_forward;
 
 /* h (rows x n, FB_ROW apart) = up_project of hidden units f .. f + n, and of the padding up to whole panels */
-static void up(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n, void *h)
+static void up(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t n,
+               void *h, void *lowered)
 {
     const void *b1 = params->b1;
     fb_matmul(k, &(fb_product){
@@ -29,17 +30,24 @@ static void up(const struct fb_kernels *k, const fb_params *params, fb_left x, p
         .rows = rows,
         .cols = fb_round_up(n, k->panel),
         .first_col = f,
+        .shift = x.shift,
+        .lowered = lowered,
     }, &params->w1, FB_RELU);
 }
 
 /* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with b2 */
 static void down(const struct fb_kernels *k, const fb_params *params, void *h, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t first,
-                 ptrdiff_t cols, void *out, fb_nonzeros list)
+                 ptrdiff_t cols, void *out, fb_nonzeros list, void *lowered)
 {
     const fb_panels *w2 = &params->w2;
     const ptrdiff_t depth = fb_min(FB_BLOCK, w2->k - f), padded = fb_round_up(w2->n, k->panel);
-    fb_product_skipping(k, &(fb_product){
-        .a = h,
+    fb_panels block = *w2;
+    block.k = depth;
+    const fb_left left = fb_fit(k, (fb_left){h, FB_ROW, 0}, rows, &block, list.value ? list.value : h);
+    if (left.at == list.value)
+        list.value = NULL;
+    fb_product g = {
+        .a = left.at,
         .a_row = FB_ROW,
         .b = fb_at(w2->data, f * padded + first * depth, k->size),
         .b_rows = w2->rows ? fb_at(w2->rows, f * padded + first, k->size) : NULL,
@@ -54,7 +62,11 @@ static void down(const struct fb_kernels *k, const fb_params *params, void *h, p
         .depth = depth,
         .first = f == 0,
         .last = f + depth == w2->k,
-    }, w2->finite, list);
+    };
+    if (left.shift + w2->shift)
+        fb_product_fitted(k, &g, left.shift + w2->shift, lowered);
+    else
+        fb_product_skipping(k, &g, w2->finite, list);
 }
 
 ptrdiff_t fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *params, fb_left x, ptrdiff_t rows, void *out,
@@ -62,12 +74,13 @@ ptrdiff_t fb_feed_forward_rows(const struct fb_kernels *k, const fb_params *para
 {
     void *hidden = fb_take(&arena, rows * FB_ROW * k->size);
     const fb_nonzeros list = fb_take_list(&arena, k, rows, params->w2.n, 1);
+    void *lowered = fb_take(&arena, fb_max(fb_lowered_bytes(k, &params->w1), fb_lowered_bytes(k, &params->w2)));
     if (!arena.memory)
         return arena.used;
     ptrdiff_t f = 0;
     do { /* one tile at least: without hidden units out is the bias */
-        up(k, params, x, rows, f, fb_min(FB_BLOCK, params->w1.n - f), hidden);
-        down(k, params, hidden, rows, f, 0, params->w2.n, out, list);
+        up(k, params, x, rows, f, fb_min(FB_BLOCK, params->w1.n - f), hidden, lowered);
+        down(k, params, hidden, rows, f, 0, params->w2.n, out, list, lowered);
         f += FB_BLOCK;
     } while (f < params->w1.n);
     return arena.used;
@@ -84,7 +97,7 @@ static ptrdiff_t rows_part(const void *job, fb_arena arena, int part, int parts)
         return fb_feed_forward_rows(f->k, params, (fb_left){0}, t->tile, NULL, arena);
     for (ptrdiff_t i = f->rows * part / parts, rows; i < end; i += rows) {
         rows = fb_min(t->tile, end - i);
-        const fb_left x = fb_stage(f->k, fb_at(f->x, i * f->x_row, size), f->x_row, rows, features, params->w1.n, stage);
+        const fb_left x = fb_stage(f->k, fb_at(f->x, i * f->x_row, size), f->x_row, rows, &params->w1, params->w1.n, stage);
         fb_feed_forward_rows(f->k, params, x, rows, fb_at(f->out, i * features, size), arena);
     }
     return arena.used;
@@ -96,13 +109,14 @@ static ptrdiff_t up_part(const void *job, fb_arena arena, int part, int parts)
     const struct fb_kernels *k = t->f->k;
     const fb_params *params = t->f->params;
     const ptrdiff_t rows = t->f->rows;
+    void *lowered = fb_take(&arena, fb_lowered_bytes(k, &params->w1));
     ptrdiff_t f, n, step;
     if (!arena.memory)
         return arena.used;
     fb_columns_of(k, params->w1.n, part, parts, &f, &n);
     for (const ptrdiff_t end = f + n; f < end; f += step) {
         step = fb_min(FB_BLOCK - f % FB_BLOCK, end - f);
-        up(k, params, t->left, rows, f, step, fb_at(t->hidden, f / FB_BLOCK * rows * FB_ROW + f % FB_BLOCK, k->size));
+        up(k, params, t->left, rows, f, step, fb_at(t->hidden, f / FB_BLOCK * rows * FB_ROW + f % FB_BLOCK, k->size), lowered);
     }
     return arena.used;
 }
@@ -114,12 +128,13 @@ static ptrdiff_t down_part(const void *job, fb_arena arena, int part, int parts)
     const fb_params *params = t->f->params;
     const ptrdiff_t rows = t->f->rows;
     const fb_nonzeros list = fb_take_list(&arena, k, rows, params->w2.n, 0);
+    void *lowered = fb_take(&arena, fb_lowered_bytes(k, &params->w2));
     ptrdiff_t first, cols;
     if (!arena.memory)
         return arena.used;
     fb_columns_of(k, params->w2.n, part, parts, &first, &cols);
     for (ptrdiff_t f = 0; f < params->w1.n; f += FB_BLOCK)
-        down(k, params, fb_at(t->hidden, f * rows / FB_BLOCK * FB_ROW, k->size), rows, f, first, cols, t->f->out, list);
+        down(k, params, fb_at(t->hidden, f * rows / FB_BLOCK * FB_ROW, k->size), rows, f, first, cols, t->f->out, list, lowered);
     return arena.used;
 }
 
@@ -143,7 +158,7 @@ ptrdiff_t fb_feed_forward_all(const void *feeding, fb_arena arena)
     void *stage = fb_take(&arena, fb_stage_bytes(k, rows, features));
     t.hidden = fb_take(&arena, rows * blocks * FB_ROW * k->size);
     if (arena.memory)
-        t.left = fb_stage(k, f->x, f->x_row, rows, features, hidden, stage);
+        t.left = fb_stage(k, f->x, f->x_row, rows, &f->params->w1, hidden, stage);
     const ptrdiff_t up_used = fb_run(up_part, &t, threads, fb_parts(threads, work / 2, hidden / k->panel), arena);
     return fb_max(up_used, fb_run(down_part, &t, threads, threads, arena));
 }

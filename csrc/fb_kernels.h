@@ -52,6 +52,8 @@ typedef struct fb_product {
      * left as they are */
     const ptrdiff_t *wanted;
     ptrdiff_t first_col;
+    int shift;     /* for fb_matmul: A holds 2^shift times its numbers */
+    void *lowered; /* for fb_matmul: scratch for fb_lowered_bytes */
 } fb_product;
 
 /* The nonzeros of A, compressed: row i, slice s (`slice` consecutive k) has FB_STEP * count[s*rows + i] of them, from
@@ -69,6 +71,8 @@ struct fb_kernels {
     ptrdiff_t size;  /* bytes of an element */
     ptrdiff_t panel; /* columns of a panel: FB_PANEL_BYTES / size */
     ptrdiff_t lanes; /* elements of a vector */
+    int shift;        /* 2^shift times the smallest subnormal number is normal */
+    int infinity;     /* the exponent of infinity and NaN, as in fb_range */
     ptrdiff_t direct; /* columns up to which a product reads A where it stands; with more, an A that is not staged is copied */
     void (*copy)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
     /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows on. */
@@ -95,7 +99,11 @@ struct fb_kernels {
      * stream: out is too large to be found in a cache later. */
     void (*softmax)(void *scores, ptrdiff_t scores_row, void *out, ptrdiff_t out_row, ptrdiff_t rows, ptrdiff_t width,
                     const ptrdiff_t *count, const ptrdiff_t *ends, double scale, int stream);
-    int (*all_finite)(const void *x, ptrdiff_t n);
+    /* The range of rows of n numbers, added to *range. */
+    void (*range)(const void *x, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n, fb_range *range);
+    /* 2^shift times, which must not overflow, and 2^-shift times; from and to may be the same rows. */
+    void (*raise)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
+    void (*lower)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
     /* the primitives, elementwise: what the tests compare with the reference */
     void (*fma)(const void *a, const void *b, const void *c, void *out, ptrdiff_t n);
     void (*exp)(const void *x, void *out, ptrdiff_t n);
@@ -142,22 +150,32 @@ void fb_help_with(fb_calling *call);
 void fb_panels_fill(const struct fb_kernels *k, const void *w, ptrdiff_t w_row, fb_panels *out);
 
 /* fb_matmul.c: a left operand A as the kernel wants it. Staged (row is FB_ROW): its blocks of 256 k one after the other,
- * rows x FB_ROW each; or, if it is one block and meets few columns, as it stands. fb_stage: A for a product of cols
- * columns; fb_stage_rows: how many rows to take at a time, dealt out evenly; fb_stage_bytes: the size of that many. */
+ * rows x FB_ROW each; or, if it is one block and meets few columns, as it stands. fb_stage: A for a product of cols columns
+ * of b; fb_stage_rows: how many rows to take at a time, dealt out evenly; fb_stage_bytes: the size of that many. */
 typedef struct fb_left {
     const void *at;
     ptrdiff_t row;
+    int shift; /* it holds 2^shift times its numbers */
 } fb_left;
+/* fb_subnormal.c. Of a packed matrix: finite, range, shift, and scaled accordingly. */
+void fb_look_at_panels(const struct fb_kernels *k, fb_panels *b);
+/* A left operand (rows x b->k) that is to meet b: a itself, or its numbers scaled, at `to`, staged; a may be there. */
+fb_left fb_fit(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_panels *b, void *to);
+/* The same where b may change: afterwards it fits what is returned. b is one block; range {0, 0}: not known yet. */
+fb_left fb_fit_both(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, fb_panels *b, void *to);
+/* k->product, where A and B together hold 2^shift times their numbers, shift 0 or k->shift; lowered: scratch. */
+void fb_product_fitted(const struct fb_kernels *k, const fb_product *g, int shift, void *lowered);
+ptrdiff_t fb_lowered_bytes(const struct fb_kernels *k, const fb_panels *b);
 ptrdiff_t fb_stage_rows(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth);
 ptrdiff_t fb_stage_bytes(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t depth);
-fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth,
+fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
                  ptrdiff_t cols, void *stage);
 /* What becomes of the sums of a product: nothing; finish(sum, bias); that and relu. */
 typedef enum fb_ending { FB_SUMS = -1, FB_FINISH, FB_RELU } fb_ending;
 /* C (rows x cols) = A B, ended, where B is columns first_col .. first_col + cols of a packed matrix and first_col is a
- * multiple of the panel. One thread. Of the product, these matter: a, a_row as fb_stage says; bias, from column first_col
- * on; c, c_row; t, scratch for FB_ROWS x FB_ROW elements, NULL if C itself is a good place for the totals; rows, at most
- * FB_ROWS; cols; first_col; wanted. */
+ * multiple of the panel. One thread. Of the product, these matter: a, a_row, shift as fb_stage says; lowered; bias, from
+ * column first_col on; c, c_row; t, scratch for FB_ROWS x FB_ROW elements, NULL if C itself is a good place for the totals;
+ * rows, at most FB_ROWS; cols; first_col; wanted. */
 void fb_matmul(const struct fb_kernels *k, const fb_product *whole, const fb_panels *b, fb_ending ending);
 /* An operation (its arguments): the same for all columns, on all threads; C has w->n columns. */
 typedef struct fb_projection {

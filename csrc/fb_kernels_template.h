@@ -17,12 +17,16 @@
 #define LANES FB_F32_LANES
 #define V(operation) FB_CAT(fb_f32_, operation)
 #define FN(name) FB_CAT(FB_CAT(fb_, name), FB_CAT(_f32_, FB_TIER))
+#define UINT uint32_t /* the bits of a REAL, of which so many are the fraction */
+#define FRACTION 23
 #else
 #define REAL double
 #define VEC fb_f64_vec
 #define LANES FB_F64_LANES
 #define V(operation) FB_CAT(fb_f64_, operation)
 #define FN(name) FB_CAT(FB_CAT(fb_, name), FB_CAT(_f64_, FB_TIER))
+#define UINT uint64_t
+#define FRACTION 52
 #endif
 #define PANEL ((ptrdiff_t)(FB_PANEL_BYTES / sizeof(REAL)))
 #define PANEL_VECS ((int)(FB_PANEL_BYTES / sizeof(VEC)))
@@ -640,27 +644,77 @@ static void FN(bias_relu)(const void *x_, const void *bias_, void *out_, ptrdiff
     }
 }
 
-/* as in pack_rows */
-static int FN(all_finite)(const void *x_, ptrdiff_t n)
+/* ---- subnormal numbers (fb_subnormal.c), in integers: the sign, the exponent, the fraction */
+
+FB_INLINE UINT FN(bits)(REAL x)
 {
-    enum { SUMS = 4 };
-    const REAL *x = x_;
-    REAL lane[LANES];
-    VEC sum[SUMS] = {V(zero)(), V(zero)(), V(zero)(), V(zero)()};
-    ptrdiff_t j = 0;
-    for (; j + SUMS * LANES <= n; j += SUMS * LANES) {
-        FB_UNROLL
-        for (int i = 0; i < SUMS; i++)
-            sum[i] = V(add)(sum[i], V(mul)(V(load)(x + j + i * LANES), V(zero)()));
-    }
-    for (; j < n; j += LANES)
-        sum[0] = V(add)(sum[0], V(mul)(V(load_first)(x + j, fb_min(LANES, n - j)), V(zero)()));
-    V(store)(lane, V(add)(V(add)(sum[0], sum[1]), V(add)(sum[2], sum[3])));
-    for (int i = 0; i < LANES; i++)
-        if (lane[i] != 0)
-            return 0;
-    return 1;
+    UINT u;
+    memcpy(&u, &x, sizeof u);
+    return u;
 }
+
+FB_INLINE REAL FN(real)(UINT u)
+{
+    REAL x;
+    memcpy(&x, &u, sizeof x);
+    return x;
+}
+
+#define SIGN ((UINT)1 << (FB_BITS - 1))
+
+static void FN(range)(const void *x_, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n, fb_range *range)
+{
+    const UINT none = (UINT)-1; /* what is left of a zero, less 1 */
+    UINT low = none, high = 0;
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        const REAL *x = (const REAL *)x_ + i * x_row;
+        for (ptrdiff_t j = 0; j < n; j++) {
+            const UINT u = FN(bits)(x[j]) & ~SIGN;
+            low = u - 1 < low ? u - 1 : low;
+            high = u > high ? u : high;
+        }
+    }
+    if (low != none)
+        range->low = (int)fb_min(range->low, (ptrdiff_t)((low + 1) >> FRACTION));
+    range->high = (int)fb_max(range->high, (ptrdiff_t)(high >> FRACTION));
+}
+
+/* The fraction of a subnormal number, with the exponent shift + 1, less the power of two of that exponent, is 2^shift times
+ * the number: both are normal. By way of `some`, so that the compiler need not know whether from is to. */
+static void FN(raise)(const void *from_, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to_, ptrdiff_t to_row)
+{
+    enum { SHIFT = FRACTION + 1, SOME = FB_PANEL_BYTES };
+    const UINT power = (UINT)(SHIFT + 1) << FRACTION, more = (UINT)SHIFT << FRACTION, normal = (UINT)1 << FRACTION;
+    REAL some[SOME] = {0};
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t j = 0; j < n; j += SOME) {
+            const ptrdiff_t left = fb_min(SOME, n - j);
+            memcpy(some, (const REAL *)from_ + i * from_row + j, (size_t)left * sizeof(REAL));
+            for (int q = 0; q < SOME; q++) {
+                const UINT u = FN(bits)(some[q]), size = u & ~SIGN;
+                const UINT raised = FN(bits)(FN(real)(size | power) - FN(real)(power));
+                some[q] = FN(real)((size < normal ? raised : size + more) | (u & SIGN));
+            }
+            memcpy((REAL *)to_ + i * to_row + j, some, (size_t)left * sizeof(REAL));
+        }
+}
+
+static void FN(lower)(const void *from_, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to_, ptrdiff_t to_row)
+{
+    const REAL factor = (REAL)(FB_BITS == 32 ? 0x1p-24 : 0x1p-53);
+    const VEC by = V(splat)(&factor);
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        const REAL *from = (const REAL *)from_ + i * from_row;
+        REAL *to = (REAL *)to_ + i * to_row;
+        ptrdiff_t j = 0;
+        for (; j + LANES <= n; j += LANES)
+            V(store)(to + j, V(mul)(V(load)(from + j), by));
+        for (; j < n; j += LANES)
+            V(store_first)(to + j, V(mul)(V(load_first)(from + j, n - j), by), n - j);
+    }
+}
+
+#undef SIGN
 
 /* ---- exp: reference.exp of n float64 vectors side by side, so that a constant is loaded once for all of them and no
  * step waits for the one before. The float32 exp falls back on float64, too: shorter, because only its last rounding must
@@ -1025,6 +1079,8 @@ static const struct fb_kernels FN(kernels) = {
     .size = sizeof(REAL),
     .panel = FB_PANEL_BYTES / sizeof(REAL),
     .lanes = LANES,
+    .shift = FRACTION + 1,
+    .infinity = (1 << (FB_BITS - 1 - FRACTION)) - 1,
     .direct = FB_DIRECT_PANELS * (FB_PANEL_BYTES / sizeof(REAL)),
     .copy = FN(copy),
     .pack = FN(pack),
@@ -1037,13 +1093,17 @@ static const struct fb_kernels FN(kernels) = {
     .product_small = FN(product_small),
     .bias_relu = FN(bias_relu),
     .softmax = FN(softmax),
-    .all_finite = FN(all_finite),
+    .range = FN(range),
+    .raise = FN(raise),
+    .lower = FN(lower),
     .fma = FN(fma),
     .exp = FN(exp),
     .fma_chains = FN(fma_chains),
 };
 
 #undef REAL
+#undef UINT
+#undef FRACTION
 #undef VEC
 #undef LANES
 #undef V

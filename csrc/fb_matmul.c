@@ -45,15 +45,17 @@ ptrdiff_t fb_stage_bytes(const struct fb_kernels *k, ptrdiff_t rows, ptrdiff_t d
     return rows * row_bytes(k, depth);
 }
 
-fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth,
+fb_left fb_stage(const struct fb_kernels *k, const void *a, ptrdiff_t a_row, ptrdiff_t rows, const fb_panels *b,
                  ptrdiff_t cols, void *stage)
 {
-    if (depth <= FB_BLOCK && cols <= k->direct)
-        return (fb_left){a, a_row};
-    for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_BLOCK)
-        k->copy(fb_at(a, k0, k->size), a_row, rows, fb_min(FB_BLOCK, depth - k0),
-                fb_at(stage, k0 / FB_BLOCK * rows * FB_ROW, k->size), FB_ROW);
-    return (fb_left){stage, FB_ROW};
+    fb_left left = {a, a_row, 0};
+    if (b->k > FB_BLOCK || cols > k->direct) {
+        for (ptrdiff_t k0 = 0; k0 < b->k; k0 += FB_BLOCK)
+            k->copy(fb_at(a, k0, k->size), a_row, rows, fb_min(FB_BLOCK, b->k - k0),
+                    fb_at(stage, k0 / FB_BLOCK * rows * FB_ROW, k->size), FB_ROW);
+        left = (fb_left){stage, FB_ROW, 0};
+    }
+    return fb_fit(k, left, rows, b, stage);
 }
 
 static double work_of(const fb_product *g)
@@ -82,7 +84,7 @@ void fb_matmul(const struct fb_kernels *k, const fb_product *whole, const fb_pan
             g.b = fb_at(b->data, k0 * padded + g.first_col * g.depth, k->size);
             g.first = k0 == 0;
             g.last = k0 + g.depth == b->k && ending != FB_SUMS;
-            k->product(&g);
+            fb_product_fitted(k, &g, whole->shift + b->shift, whole->lowered);
             k0 += FB_BLOCK;
         } while (k0 < b->k);
     }
@@ -148,6 +150,7 @@ static ptrdiff_t project_part(const void *job, fb_arena arena, int part, int par
     const ptrdiff_t size = p->k->size;
     void *stage = fb_take(&arena, fb_stage_bytes(p->k, t->tile, w->k));
     void *totals = t->totals ? fb_take(&arena, t->tile * FB_ROW * size) : NULL;
+    void *lowered = fb_take(&arena, fb_lowered_bytes(p->k, w));
     ptrdiff_t i = 0, end = p->rows, first = 0, cols = w->n;
     if (!arena.memory)
         return arena.used;
@@ -159,7 +162,7 @@ static ptrdiff_t project_part(const void *job, fb_arena arena, int part, int par
     }
     for (ptrdiff_t rows; i < end; i += rows) { /* loop 3 */
         rows = fb_min(t->tile, end - i);
-        const fb_left x = fb_stage(p->k, fb_at(p->x, i * w->k, size), w->k, rows, w->k, cols, stage);
+        const fb_left x = fb_stage(p->k, fb_at(p->x, i * w->k, size), w->k, rows, w, cols, stage);
         fb_matmul(p->k, &(fb_product){
             .a = x.at,
             .a_row = x.row,
@@ -169,6 +172,8 @@ static ptrdiff_t project_part(const void *job, fb_arena arena, int part, int par
             .t = totals,
             .rows = rows,
             .cols = cols,
+            .shift = x.shift,
+            .lowered = lowered,
             .first_col = first,
         }, w, p->ending);
     }
@@ -247,17 +252,29 @@ ptrdiff_t fb_mix_rows(const struct fb_kernels *k, const fb_mixing *m, ptrdiff_t 
                 .first = k0 == 0,
                 .last = k0 + FB_BLOCK >= positions,
             };
+            fb_fp_forget_subnormals();
             const int finite = k->pack_rows(fb_at(m->x, k0 * features + j, size), features, g.depth, cols,
                                             m->key_mask ? m->key_mask + k0 : NULL, packed);
+            fb_panels block = {.data = packed, .n = cols, .k = g.depth, .finite = finite};
+            if (finite && fb_fp_met_subnormals())
+                fb_look_at_panels(k, &block);
+            const void *weights = g.a;
             for (ptrdiff_t i = 0; i < rows; i += FB_ROWS) {
                 g.rows = fb_min(FB_ROWS, rows - i);
                 if (m->causal && !finite) {
+                    g.a = weights;
                     g.stage = list.value;
                     product_causal(k, &g, first_row + i + 1 - k0);
                 } else {
-                    fb_product_skipping(k, &g, finite, list);
+                    const fb_left left = fb_fit_both(k, (fb_left){weights, positions, 0}, g.rows, &block, list.value);
+                    fb_nonzeros own = list;
+                    if (left.at == list.value)
+                        own.value = NULL;
+                    g.a = left.at;
+                    g.a_row = left.row;
+                    fb_product_skipping(k, &g, finite, own);
                 }
-                g.a = fb_at(g.a, FB_ROWS * positions, size);
+                weights = fb_at(weights, FB_ROWS * positions, size);
                 g.c = g.t = fb_at(g.c, FB_ROWS * out_row, size);
             }
         }

@@ -39,7 +39,7 @@ fb_status fb_panels_pack(fb_dtype dtype, const void *w, ptrdiff_t n, ptrdiff_t k
     if (data) {
         *out = (fb_panels){.data = data, .n = n, .k = k};
         fb_panels_fill(kernels, w, w_row, out);
-        out->finite = kernels->all_finite(data, padded * k);
+        fb_look_at_panels(kernels, out);
     }
     fb_fp_leave(mode);
     return data ? FB_OK : FB_NO_MEMORY;
@@ -73,6 +73,16 @@ void fb_panels_unpack(fb_dtype dtype, const fb_panels *panels, void *w)
             for (ptrdiff_t k = k0; k < fb_min(k0 + FB_BLOCK, panels->k); k++, p += FB_PANEL_BYTES)
                 for (ptrdiff_t j = j0; j < fb_min(j0 + width, panels->n); j++)
                     memcpy(fb_at(w, j * panels->k + k, size), p + (j - j0) * size, (size_t)size);
+    if (panels->shift) {
+        const fb_fp_mode mode = fb_fp_enter();
+        for (ptrdiff_t i = 0; i < panels->n * panels->k; i++) {
+            if (dtype == FB_F32)
+                ((float *)w)[i] *= 0x1p-24f;
+            else
+                ((double *)w)[i] *= 0x1p-53;
+        }
+        fb_fp_leave(mode);
+    }
 }
 
 void fb_panels_free(fb_panels *panels)

@@ -117,8 +117,7 @@ static void *worker(void *argument)
 {
     const int thread = (int)(intptr_t)argument;
     uint64_t seen = 0;
-    fb_fp_enter();
-    for (;;) {
+    for (;;) { /* in the floating-point mode of fb_call, which started it */
         uint64_t call = atomic_load(&pool.call);
         for (int spin = 0; call >> 32 == seen && spin < SPINS; spin++) {
             fb_pause();

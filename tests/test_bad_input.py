@@ -454,6 +454,31 @@ def test_array_that_is_resized_while_another_is_checked(call, monkeypatch):
         assert victim.size == 1
 
 
+@pytest.mark.parametrize("call", WITH_OUT)
+def test_out_that_becomes_read_only_while_another_is_checked(call, monkeypatch):
+    function, shapes, result = CALLS[call]
+
+    class Plain(np.ndarray):
+        pass
+
+    class Locking:
+        @property
+        def MaskedArray(self):
+            out.flags.writeable = False
+            return masked_array
+
+    masked_array = np.ma.MaskedArray
+    for other in shapes:
+        good = arrays(shapes)
+        good[other] = good[other].view(Plain)
+        out = np.full(result, 7, np.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "ma", Locking())
+            with pytest.raises((RuntimeError, ValueError), match=r"^out: (the array was changed|.*read-only)"):
+                function(**good, out=out)
+        assert (out == 7).all()
+
+
 # ---- nothing to do, and too much to do
 
 

@@ -305,6 +305,18 @@ def test_features_that_are_not_finite_behind_zero_weights(positions, features, k
             assert np.isfinite(want[:, :-1]).all()
 
 
+@pytest.mark.parametrize("positions", [255, 256, 257, 512])
+def test_features_that_are_not_finite_in_whole_blocks(positions, dtype, every_tier, same_bytes):
+    """The last block of k canonicalises NaN, be it full or not, be it the first one or not."""
+    rng = generator("whole blocks", positions)
+    x = rng.standard_normal((positions, 3)).astype(dtype)
+    x[:, 1] = np.copysign(np.nan, -1)  # its bits are not those of the canonical NaN
+    x[0, 2], x[-1, 2] = np.inf, -np.inf
+    weights = rng.standard_normal((positions, positions)).astype(dtype)
+    want = same_operation(every_tier, same_bytes, "mix_positions", [weights, x], "whole blocks")
+    assert not np.signbit(want[:, 1]).any()
+
+
 def test_mix_positions_broadcasts_batches(dtype, every_tier, same_bytes):
     shapes = [
         ((5, 5), (3, 5, 4)),

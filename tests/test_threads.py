@@ -1,6 +1,7 @@
 """Threads: any number of them gives the same bytes, and their pool keeps the manners that a library needs."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -375,6 +376,50 @@ finally:
     stop = True
 watcher.join()
 assert 3 < most <= 3 + 4 + 1, most  # workers, callers, watcher
+"""
+    )
+
+
+def test_callers_of_small_calls(same_bytes):
+    """Without the GIL two callers may want the one small buffer at the same time."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((8, 60, 64), np.float32)
+    w_q, w_k = rng.standard_normal((2, 8, 64), np.float32)
+    wanted = [fastblock.attention_weights(item, w_q, w_k) for item in x]
+    failed, stop = [], time.monotonic() + 1.5
+
+    def call(first):
+        while time.monotonic() < stop and not failed:
+            for i in range(first, len(x), 2):
+                if fastblock.attention_weights(x[i], w_q, w_k).tobytes() != wanted[i].tobytes():
+                    failed.append(i)
+
+    threads = [threading.Thread(target=call, args=(first,)) for first in (0, 1)]
+    with fastblock.num_threads(1):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no signal masks on this platform")
+def test_workers_take_no_signals():
+    """A signal of the process that the caller holds back stays pending: no worker takes it in its stead."""
+    python(
+        PRELUDE
+        + """
+block.feed_forward(x)
+assert ours() > 1
+taken = []
+signal.signal(signal.SIGUSR1, lambda *_: taken.append(1))
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+os.kill(os.getpid(), signal.SIGUSR1)
+block.feed_forward(x)
+time.sleep(0.1)
+assert signal.SIGUSR1 in signal.sigpending() and not taken
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+assert taken == [1]
 """
     )
 

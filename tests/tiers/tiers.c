@@ -7,6 +7,7 @@
  * hash of the first tier's log: equal lines of programs built for different CPUs mean equal bits. For that, inputs come
  * from integers by exact steps, and hashes from values, not from bytes in memory.
  */
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -260,17 +261,38 @@ static void run_exp(int number)
     note_bits(out, N);
 }
 
-static void run_all_finite(int number)
+static void run_range(int number)
 {
-    const ptrdiff_t n = number % 70;
-    void *x = array(n + 1, number % FINITE);
-    note((uint64_t)k->all_finite(x, n));
-    for (ptrdiff_t i = 0; i <= n; i++) { /* the last one is outside */
-        const uint64_t before = bits_at(x, i), payload = chance(50) ? random64() & 0x7fffff : 0;
-        put_bits(x, i, infinity[dtype] | payload | (chance(50) ? sign[dtype] : 0));
-        note((uint64_t)k->all_finite(x, n));
-        put_bits(x, i, before);
+    const ptrdiff_t rows = between(0, 3), n = number % 70, row = n + between(0, 3);
+    void *x = array(rows * row + 1, number % CLASSES);
+    for (int i = 0; i < 4; i++) {
+        fb_range range = {.low = INT_MAX};
+        k->range(x, row, rows, n, &range);
+        note((uint64_t)range.low);
+        note((uint64_t)range.high);
+        put_bits(x, between(0, rows * row), random64() >> between(0, F32 ? 32 : 63) & ~sign[dtype]);
     }
+}
+
+static void run_raise_lower(int number)
+{
+    const ptrdiff_t rows = between(0, 3), n = number * 3 % 200, row = n + between(0, 3), to_row = n + between(0, 3);
+    void *x = array(rows * row, ZEROS), *out = memory(rows * to_row);
+    for (ptrdiff_t i = 0; i < rows * row; i++) /* up to the largest that may be raised */
+        put_bits(x, i, (random64() >> between(0, F32 ? 31 : 63)) % (infinity[dtype] - ((uint64_t)k->shift << (F32 ? 23 : 52))) |
+                           (chance(50) ? sign[dtype] : 0));
+    k->raise(x, row, rows, n, out, to_row);
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        for (ptrdiff_t j = 0; j < n; j++)
+            if (get(out, i * to_row + j) != ldexp(get(x, i * row + j), k->shift))
+                exit(3);
+        note_bits(at(out, i * to_row), n);
+    }
+    k->lower(out, to_row, rows, n, out, to_row);
+    for (ptrdiff_t i = 0; i < rows; i++)
+        for (ptrdiff_t j = 0; j < n; j++)
+            if (bits_at(out, i * to_row + j) != bits_at(x, i * row + j))
+                exit(3);
 }
 
 static void run_bias_relu(int number)
@@ -498,7 +520,8 @@ static const struct {
 } runs[] = {
     {"fma", run_fma, 20},
     {"exp", run_exp, 20},
-    {"all_finite", run_all_finite, 140},
+    {"range", run_range, 140},
+    {"raise, lower", run_raise_lower, 140},
     {"bias_relu", run_bias_relu, 140},
     {"product", run_product, 33 * 16},
     {"product_sparse", run_product_sparse, 33 * 8},

@@ -1,0 +1,120 @@
+/* fb_subnormal.c - products whose operands hold subnormal numbers, at the speed of the others.
+ *
+ * An x86 core takes 15 to 100 times as long for a fused multiply-add of a subnormal number. A B is A 2^s times B 2^-s, for
+ * the products are the same real numbers and each is rounded with its sum only: exact where scaling an operand rounds
+ * nothing, which is so if whatever is not 0 comes out normal. `shift` of an operand says that it holds 2^shift times its
+ * numbers; s is -k->shift, 0 or k->shift, with which the smallest subnormal number becomes normal.
+ *
+ * Weights are scaled up when they are packed, and then the left operand is scaled down where it is laid out. A left operand
+ * scaled up meets a copy of a few panels at a time, scaled down. Where the exponents leave no room, or sums are
+ * subnormal, it takes its time; small products are not looked at.
+ */
+#include "fb_kernels.h"
+
+#include <limits.h>
+
+/* Multiply-adds of a product below which looking takes longer than what it could save, usually. */
+static const double LOOK_WORK = 50000;
+
+enum { LOWERED_PANELS = 4 }; /* of a block, in L1 and L2 */
+
+static fb_range range_of(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, ptrdiff_t depth)
+{
+    fb_range range = {.low = INT_MAX};
+    for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_BLOCK)
+        k->range(fb_at(a.at, k0 / FB_BLOCK * rows * FB_ROW, k->size), a.row, rows, fb_min(FB_BLOCK, depth - k0), &range);
+    return range;
+}
+
+static fb_range range_of_panels(const struct fb_kernels *k, const fb_panels *b)
+{
+    fb_range range = {.low = INT_MAX};
+    k->range(b->data, 0, 1, fb_round_up(b->n, k->panel) * b->k, &range);
+    return range;
+}
+
+void fb_look_at_panels(const struct fb_kernels *k, fb_panels *b)
+{
+    const ptrdiff_t elements = fb_round_up(b->n, k->panel) * b->k;
+    b->range = range_of_panels(k, b);
+    b->finite = b->range.high < k->infinity;
+    b->shift = 0;
+    /* those that fit into a panel are for product_small, which takes them as they are */
+    if (b->range.low == 0 && b->range.high + k->shift < k->infinity && fb_max(b->n, b->k) > k->panel) {
+        k->raise(b->data, 0, 1, elements, b->data, 0);
+        b->shift = k->shift;
+    }
+}
+
+static fb_left scaled(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, ptrdiff_t depth, int shift, void *to)
+{
+    for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_BLOCK) {
+        const ptrdiff_t block = k0 / FB_BLOCK * rows * FB_ROW;
+        (shift > 0 ? k->raise : k->lower)(fb_at(a.at, block, k->size), a.row, rows, fb_min(FB_BLOCK, depth - k0),
+                                          fb_at(to, block, k->size), FB_ROW);
+    }
+    return (fb_left){to, FB_ROW, shift};
+}
+
+/* The s for a left operand that has the numbers `a` and is to meet b. */
+static int shift_for(const struct fb_kernels *k, fb_range a, const fb_panels *b)
+{
+    if (b->shift > 0)
+        return a.low > k->shift ? -k->shift : 0;
+    return a.low == 0 && a.high + k->shift < k->infinity && b->range.low > k->shift ? k->shift : 0;
+}
+
+static int worth_looking(ptrdiff_t rows, const fb_panels *b)
+{
+    return b->shift != 0 || (double)rows * (double)b->k * (double)b->n >= LOOK_WORK;
+}
+
+fb_left fb_fit(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_panels *b, void *to)
+{
+    if (!worth_looking(rows, b))
+        return a;
+    const int shift = shift_for(k, range_of(k, a, rows, b->k), b);
+    return shift ? scaled(k, a, rows, b->k, shift, to) : a;
+}
+
+fb_left fb_fit_both(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, fb_panels *b, void *to)
+{
+    if (!b->finite || !worth_looking(rows, b))
+        return a;
+    const ptrdiff_t elements = fb_round_up(b->n, k->panel) * b->k;
+    const fb_range range = range_of(k, a, rows, b->k);
+    if (range.low == 0 && b->range.high == 0) /* not known yet */
+        b->range = range_of_panels(k, b);
+    const int shift = shift_for(k, range, b);
+    while (b->shift != -shift) {
+        const int up = b->shift < -shift;
+        (up ? k->raise : k->lower)(b->data, 0, 1, elements, b->data, 0);
+        b->shift += up ? k->shift : -k->shift;
+    }
+    return shift ? scaled(k, a, rows, b->k, shift, to) : a;
+}
+
+ptrdiff_t fb_lowered_bytes(const struct fb_kernels *k, const fb_panels *b)
+{
+    return fb_min(FB_BLOCK, b->k) * fb_min(LOWERED_PANELS * k->panel, fb_round_up(b->n, k->panel)) * k->size;
+}
+
+void fb_product_fitted(const struct fb_kernels *k, const fb_product *g, int shift, void *lowered)
+{
+    if (shift == 0) {
+        k->product(g);
+        return;
+    }
+    fb_product part = *g;
+    part.b = lowered;
+    part.b_rows = NULL;
+    for (ptrdiff_t j = 0; j < g->cols; j += LOWERED_PANELS * k->panel) {
+        part.cols = fb_min(LOWERED_PANELS * k->panel, g->cols - j);
+        k->lower(fb_at(g->b, j * g->depth, k->size), 0, 1, fb_round_up(part.cols, k->panel) * g->depth, lowered, 0);
+        part.bias = g->bias ? fb_at(g->bias, j, k->size) : NULL;
+        part.c = fb_at(g->c, j, k->size);
+        part.t = fb_at(g->t, j, k->size);
+        part.first_col = g->first_col + j;
+        k->product(&part);
+    }
+}
