@@ -99,6 +99,8 @@ struct fb_kernels {
      * stream: out is too large to be found in a cache later. */
     void (*softmax)(void *scores, ptrdiff_t scores_row, void *out, ptrdiff_t out_row, ptrdiff_t rows, ptrdiff_t width,
                     const ptrdiff_t *count, const ptrdiff_t *ends, double scale, int stream);
+    /* Reads rows of n numbers so that fb_fp_met_subnormals can tell whether one was subnormal, at a tenth of the cost of range. */
+    void (*touch)(const void *x, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n);
     /* The range of rows of n numbers, added to *range. */
     void (*range)(const void *x, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n, fb_range *range);
     /* 2^shift times, which must not overflow, and 2^-shift times; from and to may be the same rows. */

@@ -662,6 +662,32 @@ FB_INLINE REAL FN(real)(UINT u)
 
 #define SIGN ((UINT)1 << (FB_BITS - 1))
 
+/* Rows may be short: a vector of each accumulator comes from the row where it is. */
+static void FN(touch)(const void *x_, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n)
+{
+    enum { CHAINS = 4 };
+    VEC most[CHAINS];
+    REAL some[LANES];
+    volatile REAL used;
+    for (int q = 0; q < CHAINS; q++)
+        most[q] = V(zero)();
+    for (ptrdiff_t i = 0; i < rows; i++) {
+        const REAL *x = (const REAL *)x_ + i * x_row;
+        ptrdiff_t j = 0;
+        for (; j + CHAINS * LANES <= n; j += CHAINS * LANES)
+            FB_UNROLL
+            for (int q = 0; q < CHAINS; q++)
+                most[q] = V(max)(most[q], V(load)(x + j + q * LANES));
+        for (; j + LANES <= n; j += LANES)
+            most[0] = V(max)(most[0], V(load)(x + j));
+        if (j < n)
+            most[1] = V(max)(most[1], V(load_first)(x + j, n - j));
+    }
+    V(store)(some, V(max)(V(max)(most[0], most[1]), V(max)(most[2], most[3])));
+    used = some[0];
+    (void)used;
+}
+
 static void FN(range)(const void *x_, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n, fb_range *range)
 {
     const UINT none = (UINT)-1; /* what is left of a zero, less 1 */
@@ -1093,6 +1119,7 @@ static const struct fb_kernels FN(kernels) = {
     .product_small = FN(product_small),
     .bias_relu = FN(bias_relu),
     .softmax = FN(softmax),
+    .touch = FN(touch),
     .range = FN(range),
     .raise = FN(raise),
     .lower = FN(lower),

@@ -7,7 +7,8 @@
  *
  * Weights are scaled up when they are packed, and then the left operand is scaled down where it is laid out. A left operand
  * scaled up meets a copy of a few panels at a time, scaled down. Where the exponents leave no room, or sums are
- * subnormal, it takes its time; small products are not looked at.
+ * subnormal, it takes its time; small products are not looked at, and others touched first: one operation a vector, after
+ * which the CPU says whether it met a subnormal number.
  */
 #include "fb_kernels.h"
 
@@ -56,6 +57,19 @@ static fb_left scaled(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, ptr
     return (fb_left){to, FB_ROW, shift};
 }
 
+/* Whether a left operand is to be looked at: b was scaled, or it has subnormal numbers itself, and slows its product down. */
+static int worth_looking(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_panels *b)
+{
+    if (b->shift)
+        return 1;
+    if ((double)rows * (double)b->k * (double)b->n < LOOK_WORK)
+        return 0;
+    fb_fp_forget_subnormals();
+    for (ptrdiff_t k0 = 0; k0 < b->k; k0 += FB_BLOCK)
+        k->touch(fb_at(a.at, k0 / FB_BLOCK * rows * FB_ROW, k->size), a.row, rows, fb_min(FB_BLOCK, b->k - k0));
+    return fb_fp_met_subnormals();
+}
+
 /* The s for a left operand that has the numbers `a` and is to meet b. */
 static int shift_for(const struct fb_kernels *k, fb_range a, const fb_panels *b)
 {
@@ -64,14 +78,9 @@ static int shift_for(const struct fb_kernels *k, fb_range a, const fb_panels *b)
     return a.low == 0 && a.high + k->shift < k->infinity && b->range.low > k->shift ? k->shift : 0;
 }
 
-static int worth_looking(ptrdiff_t rows, const fb_panels *b)
-{
-    return b->shift != 0 || (double)rows * (double)b->k * (double)b->n >= LOOK_WORK;
-}
-
 fb_left fb_fit(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_panels *b, void *to)
 {
-    if (!worth_looking(rows, b))
+    if (!worth_looking(k, a, rows, b))
         return a;
     const int shift = shift_for(k, range_of(k, a, rows, b->k), b);
     return shift ? scaled(k, a, rows, b->k, shift, to) : a;
@@ -79,7 +88,8 @@ fb_left fb_fit(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, const fb_p
 
 fb_left fb_fit_both(const struct fb_kernels *k, fb_left a, ptrdiff_t rows, fb_panels *b, void *to)
 {
-    if (!b->finite || !worth_looking(rows, b))
+    const int small = b->range.low == 0 && b->range.high > 0; /* scaled for some rows, perhaps, and not for others */
+    if (!b->finite || !(small || worth_looking(k, a, rows, b)))
         return a;
     const ptrdiff_t elements = fb_round_up(b->n, k->panel) * b->k;
     const fb_range range = range_of(k, a, rows, b->k);

@@ -9,7 +9,8 @@ result: thresholds and prefetches that change the time only, and edits that are 
 where the sum decides. A mutant whose old text is not in its file exactly once is out of date, which is an error.
 
 Each mutant is the baseline with one file changed: what depends on it is compiled (-O1) and linked into a package of its
-own, against which the fast tests run until the first failure. No existing tool does that for C and Cython together: Mull
+own, against which the fast tests run until the first failure, and then, for what Python cannot reach, tiers/tiers.c, whose
+output must be the baseline's. No existing tool does that for C and Cython together: Mull
 needs clang and test programs that it can link, mutmut and cosmic-ray edit Python. Takes about 20 s a mutant and core.
 """
 
@@ -201,6 +202,8 @@ MUTANTS = {  # file: (name, old text, new text)
             "V(store_first)(out + whole, V(relu)(v), rest);",
         ),
         ("range: a negative number is large", "u = FN(bits)(x[j]) & ~SIGN;", "u = FN(bits)(x[j]);"),
+        ("touch leaves out the rest", "most[1] = V(max)(most[1], V(load_first)(x + j, n - j));", ";"),
+        ("touch: three of four", "V(max)(V(max)(most[0], most[1]), V(max)(most[2], most[3]))", "V(max)(V(max)(most[0], most[1]), most[2])"),
         ("range: a zero is small", "UINT u = FN(bits)(x[j]) & ~SIGN;\n            low = u - 1 < low", "UINT u = FN(bits)(x[j]) & ~SIGN;\n            low = u < low"),
         ("raise: the sign is lost", "size + more) | (u & SIGN)", "size + more) | 0"),
         ("raise: subnormal numbers as if they were normal", "size < normal ? raised : size + more", "size + more"),
@@ -424,8 +427,11 @@ MUTANTS = {  # file: (name, old text, new text)
         ("the first block is scaled only", "for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_BLOCK) {",
          "for (ptrdiff_t k0 = 0; k0 < 1; k0 += FB_BLOCK) {"),
         ("x keeps the scale of the rows before", "while (b->shift != -shift) {", "while (0) {"),
-        ("infinite x is scaled", "if (!b->finite || !worth_looking(rows, b))", "if (!worth_looking(rows, b))"),
-        ("small products are looked at", "static const double LOOK_WORK = 50000;", "static const double LOOK_WORK = 0;"),
+        ("infinite x is scaled", "if (!b->finite || !(", "if (!("),
+        ("only the first block is touched", "for (ptrdiff_t k0 = 0; k0 < b->k; k0 += FB_BLOCK)\n        k->touch",
+         "for (ptrdiff_t k0 = 0; k0 < 1; k0 += FB_BLOCK)\n        k->touch"),
+        ("x that was scaled stays so, whatever meets it", "if (!b->finite || !(small ||", "if (!b->finite || !(0 ||"),
+        ("weights that were scaled meet what they meet", "    if (b->shift)\n        return 1;\n", ""),
         ("lowered panels: the bias of the first", "part.bias = g->bias ? fb_at(g->bias, j, k->size) : NULL;", "part.bias = g->bias;"),
         ("lowered panels: less than there are", "fb_round_up(part.cols, k->panel) * g->depth, lowered", "part.cols * g->depth, lowered"),
     ],
@@ -770,6 +776,7 @@ class Build:
                 objects.append(self.folder / name)
             else:
                 objects.append(self.base.folder / name)
+        self.objects = objects
         target = self.package / "fastblock" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
         call(compiler(), "-shared", "-pthread", *objects, "-lm", "-o", target)
 
@@ -798,6 +805,18 @@ class Build:
             return f"{signal.Signals(-process.returncode).name} {''.join(inside[-1:])}".strip()
         return f"exit status {process.returncode}: {output.strip()[-500:]}"
 
+    def tiers(self):
+        """What tests/tiers/tiers.c prints about the C sources, on every tier that this CPU has."""
+        program = self.folder / "tiers"
+        objects = [path for path in self.objects if path.stem != "_core"]
+        call(compiler(), *FLAGS, "-I", self.folder / "csrc", ROOT / "tests" / "tiers" / "tiers.c", *objects, "-lm", "-o", program)
+        printed = []
+        for tier in ("portable", "neon", "avx2", "avx512"):
+            result = subprocess.run([program, tier], capture_output=True, text=True, timeout=TIMEOUT)
+            if result.returncode != 2:  # there is such a tier
+                printed.append(f"exit status {result.returncode}\n{result.stdout}")
+        return "\n".join(printed)
+
 
 def compiler():
     return (sysconfig.get_config_var("CC") or "cc").split()[0]
@@ -823,6 +842,11 @@ def try_mutant(folder, base, name, more):
             return name, f"DOES NOT BUILD: {error}", time.perf_counter() - start, 0
         built = time.perf_counter()
         killer = build.test(more)
+        if killer is None and file.startswith("csrc/"):
+            try:
+                killer = None if build.tiers() == base.tiers_output else "tiers.c"
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                killer = f"tiers.c: {type(error).__name__}"
         return name, killer or "SURVIVED", built - start, time.perf_counter() - built
 
 
@@ -854,6 +878,7 @@ def main():
         if failure := base.test(more):
             print(f"the tests fail without any mutant: {failure}", file=sys.stderr)
             return 2
+        base.tiers_output = base.tiers()
         survivors = []
         with ThreadPoolExecutor(options.jobs) as pool:
             for name, result, build, test in pool.map(lambda n: try_mutant(folder, base, n, more), names):

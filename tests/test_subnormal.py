@@ -64,6 +64,11 @@ def a_bit_smaller(rng, shape, dtype):
     return replaced(rng, shape, dtype, 0.01, [np.nextafter(smallest, dtype(0))])
 
 
+def all_a_bit_smaller(rng, shape, dtype):
+    """Each loses a bit when it is lowered, and no larger number hides it in a sum."""
+    return (dtype(2) - rng.random(shape).astype(dtype)) * np.finfo(dtype).tiny * dtype(2) ** (SHIFT[dtype] - 1)
+
+
 def largest_that_may_be_raised(rng, shape, dtype):
     largest = np.finfo(dtype).max * dtype(2) ** -SHIFT[dtype]
     return replaced(rng, shape, dtype, 0.02, [largest, *subnormals(rng, 5, dtype)])
@@ -89,8 +94,8 @@ def zeros(rng, shape, dtype):
 
 
 KINDS = [
-    ordinary, few, nothing_else, one, smallest_that_may_be_lowered, a_bit_smaller, largest_that_may_be_raised,
-    a_bit_larger, infinite, not_numbers, zeros,
+    ordinary, few, nothing_else, one, smallest_that_may_be_lowered, a_bit_smaller, all_a_bit_smaller,
+    largest_that_may_be_raised, a_bit_larger, infinite, not_numbers, zeros,
 ]  # fmt: skip
 # rows, k, columns: products that are looked at. k of several blocks, of one; few columns; a few rows.
 SIZES = [(41, 40, 37), (7, 300, 33), (200, 260, 3), (41, 7, 200), (64, 1, 900)]
@@ -152,6 +157,32 @@ def test_one_block_of_several_has_them(dtype, every_tier, same_bytes):
         w = ordinary(rng, (40, 520), dtype)
         want = reference.up_project(a, w)
         same_on(every_tier, same_bytes, want, lambda a=a, w=w: fastblock.up_project(a, w), f"rows, {block}")
+
+
+def test_a_block_that_is_not_the_first(dtype, every_tier, same_bytes):
+    """Subnormal rows whose first 256 k are zero or ordinary meet weights that are scaled: nothing larger hides a lost bit."""
+    rng = generator("subnormal second block")
+    w = few(rng, (48, 520), dtype)
+    for first in (0, 256):
+        x = np.zeros((40, 520), dtype)
+        x[:, first : first + 256] = ordinary(rng, (40, 256), dtype)
+        x[20:] = 0
+        x[20:, 256:] = subnormals(rng, 20 * 264, dtype).reshape(20, 264)
+        want = reference.up_project(x, w)
+        same_on(every_tier, same_bytes, want, lambda x=x: fastblock.up_project(x, w), f"{first}")
+
+
+def test_mixing_rows_of_several_kinds(dtype, every_tier, same_bytes):
+    """From 128 rows on x is packed once and meets weights of another kind: it is scaled to and fro."""
+    rng = generator("subnormal tiles of rows")
+    for kind in [ordinary, few, infinite, not_numbers, largest_that_may_be_raised, all_a_bit_smaller]:
+        x = kind(rng, (520, 20), dtype)
+        weights = ordinary(rng, (520, 520), dtype)
+        weights[:128] = few(rng, (128, 520), dtype)
+        weights[256:384] = all_a_bit_smaller(rng, (128, 520), dtype)
+        weights[384:500] = few(rng, (116, 520), dtype)
+        want = reference.mix_positions(weights, x)
+        same_on(every_tier, same_bytes, want, lambda x=x, a=weights: fastblock.mix_positions(a, x), kind.__name__)
 
 
 @pytest.mark.parametrize("positions", [3, 70])
@@ -227,6 +258,9 @@ def test_block(features, hidden, width, dtype, every_tier, same_bytes, tmp_path)
             same_bytes(other(x), block(x), f"{name} {kind.__name__}, another one")
         want = reference.block(x, **args, causal=True, key_mask=mask)
         same_on(every_tier, same_bytes, want, lambda b=block: b(x, causal=True, key_mask=mask), f"{name} {kind}")
+        weights, little = ordinary(rng, (2, 4, 4), dtype), x[:, :4]  # so few positions have a path of their own
+        want = reference.block(little, *(args[n] for n in NAMES[:4]), weights)
+        same_on(every_tier, same_bytes, want, lambda b=block: b(little, weights), f"{name} {kind}, little")
     for kind, weights in given.items():
         args = parameters(rng, dtype, features, hidden, width)
         block = fastblock.Block(**args)

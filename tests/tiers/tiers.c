@@ -261,38 +261,90 @@ static void run_exp(int number)
     note_bits(out, N);
 }
 
+/* What holds on every tier for itself; comparing tiers would not see what is wrong on all of them. */
+static void expect(int holds, const char *what, int number)
+{
+    if (holds)
+        return;
+    printf("WRONG: %s %s case %d\n", what, F32 ? "f32" : "f64", number);
+    exit(3);
+}
+
+static uint64_t random_size(void) /* of all lengths: subnormal numbers are as likely as others */
+{
+    return random64() >> between(0, F32 ? 32 : 63) & ~sign[dtype] & (F32 ? UINT32_MAX : UINT64_MAX);
+}
+
 static void run_range(int number)
 {
+    const int fraction = F32 ? 23 : 52;
     const ptrdiff_t rows = between(0, 3), n = number % 70, row = n + between(0, 3);
     void *x = array(rows * row + 1, number % CLASSES);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 40; i++) {
         fb_range range = {.low = INT_MAX};
+        int low = INT_MAX, high = 0;
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (ptrdiff_t j = 0; j < n; j++) {
+                const uint64_t size = bits_at(x, r * row + j) & ~sign[dtype];
+                const int exponent = (int)(size >> fraction);
+                low = size && exponent < low ? exponent : low;
+                high = exponent > high ? exponent : high;
+            }
+        fb_fp_forget_subnormals();
+        k->touch(x, row, rows, n);
+        const int met = fb_fp_met_subnormals();
         k->range(x, row, rows, n, &range);
-        note((uint64_t)range.low);
-        note((uint64_t)range.high);
-        put_bits(x, between(0, rows * row), random64() >> between(0, F32 ? 32 : 63) & ~sign[dtype]);
+        expect(range.low == low && range.high == high, "range", number);
+        expect(met == (FB_X86 && low == 0) || high == (int)(infinity[dtype] >> fraction), "touch", number);
+        note((uint64_t)low);
+        note((uint64_t)high);
+        const ptrdiff_t where = between(0, rows * row);
+        put_bits(x, where, chance(30) ? 0 : random_size());
     }
 }
 
 static void run_raise_lower(int number)
 {
     const ptrdiff_t rows = between(0, 3), n = number * 3 % 200, row = n + between(0, 3), to_row = n + between(0, 3);
+    const uint64_t normal = (uint64_t)1 << (F32 ? 23 : 52), most = infinity[dtype] - (uint64_t)k->shift * normal;
+    const uint64_t edges[] = {0, 1, normal - 1, normal, normal + 1, most - 1};
     void *x = array(rows * row, ZEROS), *out = memory(rows * to_row);
-    for (ptrdiff_t i = 0; i < rows * row; i++) /* up to the largest that may be raised */
-        put_bits(x, i, (random64() >> between(0, F32 ? 31 : 63)) % (infinity[dtype] - ((uint64_t)k->shift << (F32 ? 23 : 52))) |
-                           (chance(50) ? sign[dtype] : 0));
+    for (ptrdiff_t i = 0; i < rows * row; i++) {
+        const uint64_t size = random_size() % most;
+        const int edge = chance(20) ? (int)between(0, 5) : -1;
+        put_bits(x, i, (edge < 0 ? size : edges[edge]) | (chance(50) ? sign[dtype] : 0));
+    }
     k->raise(x, row, rows, n, out, to_row);
     for (ptrdiff_t i = 0; i < rows; i++) {
         for (ptrdiff_t j = 0; j < n; j++)
-            if (get(out, i * to_row + j) != ldexp(get(x, i * row + j), k->shift))
-                exit(3);
+            expect(get(out, i * to_row + j) == ldexp(get(x, i * row + j), k->shift), "raise", number);
         note_bits(at(out, i * to_row), n);
     }
     k->lower(out, to_row, rows, n, out, to_row);
     for (ptrdiff_t i = 0; i < rows; i++)
         for (ptrdiff_t j = 0; j < n; j++)
-            if (bits_at(out, i * to_row + j) != bits_at(x, i * row + j))
-                exit(3);
+            expect(bits_at(out, i * to_row + j) == bits_at(x, i * row + j), "lower", number);
+}
+
+/* Sizes that overflow, which no caller from Python can ask for: there is no memory for them, and no less is taken. */
+static void run_sizes(int number)
+{
+    const ptrdiff_t large[] = {PTRDIFF_MAX, PTRDIFF_MAX / 2 + 1, PTRDIFF_MAX / 4, (ptrdiff_t)1 << (sizeof large[0] * 4), 5, 1, 0};
+    const ptrdiff_t rows = large[number % 7], cols = large[number / 7 % 7], size = F32 ? 4 : 8;
+    const double bytes = (double)rows * (double)cols * (double)size;
+    fb_arena arena = {0};
+    expect(fb_bytes(rows, cols, size) == (bytes < (double)FB_MOST_BYTES ? (ptrdiff_t)bytes : FB_MOST_BYTES), "fb_bytes", number);
+    for (int i = 0; i < 9; i++) {
+        fb_take(&arena, fb_bytes(rows, cols, size));
+        expect(bytes > 0 ? arena.used >= fb_bytes(rows, cols, size) && arena.used <= FB_MOST_BYTES : arena.used == 0, "fb_take",
+               number);
+    }
+    if (bytes > 1e6) {
+        void *p = fb_alloc(rows, cols, size);
+        expect(p == NULL || bytes < 1e15, "fb_alloc", number);
+        fb_free(p);
+    }
+    note(bytes > 0);
 }
 
 static void run_bias_relu(int number)
@@ -522,6 +574,7 @@ static const struct {
     {"exp", run_exp, 20},
     {"range", run_range, 140},
     {"raise, lower", run_raise_lower, 140},
+    {"sizes", run_sizes, 49},
     {"bias_relu", run_bias_relu, 140},
     {"product", run_product, 33 * 16},
     {"product_sparse", run_product_sparse, 33 * 8},
