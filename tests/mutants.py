@@ -229,7 +229,7 @@ MUTANTS = {  # file: (name, old text, new text)
         (
             "exp, float32: the power's rest",
             "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0736c4p-14f",
-            "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0736cap-14f",
+            "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0738c4p-14f",
         ),
         (
             "exp, float64: the smallest results are zero",
@@ -607,11 +607,6 @@ MUTANTS = {  # file: (name, old text, new text)
         ("out may overlap the x that is mixed", "target_for(result, (a, x_array))", "target_for(result, (a,))"),
         ("out may overlap the weights that mix", "target_for(result, (a, x_array))", "target_for(result, (x_array,))"),
         ("out may overlap a bias", "target_for(result, (x_array, b))", "target_for(result, (x_array,))"),
-        (
-            "out may overlap the key_mask of attention_weights",
-            "target_for(result, (x_array, mask))",
-            "target_for(result, (x_array,))",
-        ),
         ("out may overlap the key_mask of a block", "target_for(result, (x, a, mask))", "target_for(result, (x, a))"),
         ("out may overlap the weights of a block", "target_for(result, (x, a, mask))", "target_for(result, (x, mask))"),
         (
