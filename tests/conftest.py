@@ -1,6 +1,7 @@
 """Helpers for all tests: the comparison (bytes, nothing else) and the loop over the tiers this CPU has."""
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,13 @@ _path, _root = sys.path[:], Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in _path if Path(entry).resolve() != _root]
 if importlib.util.find_spec("fastblock") is None:
     sys.path[:] = _path
+
+# What a shell's background job, nohup or a service ignores or holds back, the programs that the tests start would, too.
+for _name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGALRM"):
+    if (_signal := getattr(signal, _name, None)) is not None and signal.getsignal(_signal) == signal.SIG_IGN:
+        signal.signal(_signal, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
+if hasattr(signal, "pthread_sigmask"):
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 DTYPES = [np.float32, np.float64]
 
