@@ -31,8 +31,25 @@ def main(argv=None):
     return _process.finish(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message, file=None):
+        """What is wrong is said where there is somebody to tell; help that cannot be printed is a failure. Whether argparse
+        itself lets a failure pass depends on the version of Python."""
+        stream = sys.stderr if file is None else file
+        try:
+            if stream is not None:
+                stream.write(message or "")
+        except OSError:
+            if stream is sys.stdout:
+                raise
+
+    def error(self, message):
+        """Never on stdout, where argparse says it if there is no stderr."""
+        self.exit(_process.BAD_INPUT, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastblock",
         description="A transformer block on the CPU, exact to the bit. Without a command: a worked example with "
         "every step to check with pencil and paper, a comparison with the reference, and two timings.",
