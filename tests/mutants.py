@@ -601,7 +601,7 @@ MUTANTS = {  # file: (name, old text, new text)
             "return a0 < b0 + cnp.PyArray_NBYTES(b) and b0 < a0 + cnp.PyArray_NBYTES(a)",
             "return a0 <= b0 and b0 < a0 + cnp.PyArray_NBYTES(a)",
         ),
-        ("overlap needs two bytes", "and b0 < a0 + cnp.PyArray_NBYTES(a)", "and b0 + 8 < a0 + cnp.PyArray_NBYTES(a)"),
+        ("overlap needs two elements", "return a0 < b0 + cnp.PyArray_NBYTES(b)", "return a0 + 8 < b0 + cnp.PyArray_NBYTES(b)"),
         ("out may overlap the x that is mixed", "target_for(result, (a, x_array))", "target_for(result, (a,))"),
         ("out may overlap the weights that mix", "target_for(result, (a, x_array))", "target_for(result, (x_array,))"),
         ("out may overlap a bias", "target_for(result, (x_array, b))", "target_for(result, (x_array,))"),
@@ -618,7 +618,6 @@ MUTANTS = {  # file: (name, old text, new text)
             "for i in range(cnp.PyArray_NBYTES(b)):",
             "for i in range(cnp.PyArray_NBYTES(b) - 1):",
         ),
-        ("sizes overflow", "        size *= max(n, 1)", "        size *= 1"),
         (
             "num_threads entered twice forgets",
             "fb_set_own_threads(contexts[-1][1] if contexts else 0)",
@@ -674,11 +673,6 @@ MUTANTS = {  # file: (name, old text, new text)
             "if False:\n            raise RuntimeError(\"the block has",
         ),
         ("an array that was resized meanwhile is read", " or cnp.PyArray_SIZE(a) != elements:", ":"),
-        (
-            "an out that became read-only is written",
-            "    if not PyArray_ISCARRAY(a):\n        raise RuntimeError",
-            "    if not PyArray_ISCARRAY_RO(a):\n        raise RuntimeError",
-        ),
         ("anything is true", "    if type(a) is not np.bool_:", "    if False:"),
     ],
     "csrc/fb_memory.c": [

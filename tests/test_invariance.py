@@ -321,6 +321,10 @@ LARGE = {  # more rows than a tile, more k than a block: out is written while in
         lambda **a: call_block(False, **a),
         {"weights": (5, 5), "x": (5, 3), "w1": (4, 3), "b1": (4,), "w2": (3, 4), "b2": (3,)},
     ),
+    "Block, small, of several tiles": (
+        lambda **a: call_block(False, **a),
+        {"weights": (150, 150), "x": (150, 1), "w1": (1, 1), "b1": (1,), "w2": (1, 1), "b2": (1,)},
+    ),
     "Block, small, masked": (
         lambda **a: call_block(True, **a),
         {"key_mask": (3, 5), "x": (3, 5, 3), "w1": (4, 3), "b1": (4,), "w2": (3, 4), "b2": (3,)}

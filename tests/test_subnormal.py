@@ -83,6 +83,10 @@ def infinite(rng, shape, dtype):
     return replaced(rng, shape, dtype, 0.02, [np.inf, *subnormals(rng, 15, dtype), -np.inf])
 
 
+def infinite_and_large(rng, shape, dtype):
+    return replaced(rng, shape, dtype, 0.02, [np.inf, -np.inf])
+
+
 def not_numbers(rng, shape, dtype):
     return replaced(rng, shape, dtype, 0.02, [np.nan, *subnormals(rng, 15, dtype)])
 
@@ -175,7 +179,7 @@ def test_a_block_that_is_not_the_first(dtype, every_tier, same_bytes):
 def test_mixing_rows_of_several_kinds(dtype, every_tier, same_bytes):
     """From 128 rows on x is packed once and meets weights of another kind: it is scaled to and fro."""
     rng = generator("subnormal tiles of rows")
-    for kind in [ordinary, few, infinite, not_numbers, largest_that_may_be_raised, all_a_bit_smaller]:
+    for kind in [ordinary, few, infinite, infinite_and_large, not_numbers, largest_that_may_be_raised, all_a_bit_smaller]:
         x = kind(rng, (520, 20), dtype)
         weights = ordinary(rng, (520, 520), dtype)
         weights[:128] = few(rng, (128, 520), dtype)
@@ -304,12 +308,17 @@ def cases(dtype):
     block, bad_block = fastblock.Block(w1, b1, w2, b2), fastblock.Block(some(w1), b1, some(w2), b2)
     own, bad_own = (fastblock.Block(w1, b1, w2, b2, w_q=a, w_k=w_k) for a in (w_q, some(w_q)))
     steep = peaked(rng, 128, 128, dtype)
+    wide, late = ordinary(rng, (128, 512), dtype), ordinary(rng, (128, 512), dtype)
+    late[:, 256:][:, ::100] *= np.finfo(dtype).tiny
     return {
         "mix_positions, weights": (lambda: fastblock.mix_positions(steep, x), lambda: fastblock.mix_positions(weights, x)),
         "mix_positions, x": (
             lambda: fastblock.mix_positions(weights, some(x)), lambda: fastblock.mix_positions(weights, x),
         ),
         "up_project, x": (lambda: fastblock.up_project(some(x), w1), lambda: fastblock.up_project(x, w1)),
+        "up_project, x, in its second block": (
+            lambda: fastblock.up_project(late, w2[:, :512]), lambda: fastblock.up_project(wide, w2[:, :512]),
+        ),
         "up_project, w1": (lambda: fastblock.up_project(x, some(w1)), lambda: fastblock.up_project(x, w1)),
         "down_project, w2": (lambda: fastblock.down_project(relu, some(w2)), lambda: fastblock.down_project(relu, w2)),
         "attention_weights, w_q": (
