@@ -34,6 +34,14 @@ enum {
 
 #define FB_MOST_BYTES (PTRDIFF_MAX / 4) /* more than can be had */
 
+/* What a tile fetches to L2 in passing, in each of its first `strips` strips: lines from `at` on, `step` bytes further a strip. */
+typedef enum fb_fetch_kind { FB_FETCH_NOTHING, FB_FETCH_QUARTER, FB_FETCH_LINES, FB_FETCH_PANELS } fb_fetch_kind;
+typedef struct fb_fetch {
+    fb_fetch_kind kind; /* a line every fourth k, a line a k, a line a k and panel */
+    const char *at;
+    ptrdiff_t step, strips;
+} fb_fetch;
+
 /* One block of k of a matrix product, C (rows x cols) from A (rows x depth) and B (depth x cols):
  *     s = chain of fma over k;  t = first ? s : T + s;  last ? C = finish(t, bias) [then relu] : T = t
  * A[i,k] = a[i*a_row + k];  B[k, j] = b[(j / panel)*depth*panel + k*panel + j % panel];  C[i,j] = c[i*c_row + j], T likewise.
@@ -52,6 +60,7 @@ typedef struct fb_product {
      * left as they are */
     const ptrdiff_t *wanted;
     ptrdiff_t first_col;
+    const void *next_a; /* NULL, or what will be A next, in rows as far apart: fetched in passing; need not exist */
     int shift;     /* for fb_matmul: A holds 2^shift times its numbers */
     void *lowered; /* for fb_matmul: scratch for fb_lowered_bytes */
 } fb_product;
@@ -74,6 +83,9 @@ struct fb_kernels {
     int shift;        /* 2^shift times the smallest subnormal number is normal */
     int infinity;     /* the exponent of infinity and NaN, as in fb_range */
     ptrdiff_t direct; /* columns up to which a product reads A where it stands; with more, an A that is not staged is copied */
+    /* Nonzeros in the span of a tile from which on the dense tile is faster: a share, for 4 to few_rows rows another */
+    double dense_from, dense_few;
+    ptrdiff_t few_rows;
     void (*copy)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
     /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows on. */
     void (*pack)(const void *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel);

@@ -6,7 +6,11 @@
  * and from fb_simd_*.h:
  *   FB_TILE_ROWS, FB_TILE_VECS, FB_TILE_CASES  rows of the largest register tile, its accumulators, X(r) for all its rows
  *   FB_TILE_PANELS(r)                          panels that a tile of r rows spans
- *   FB_DIRECT_PANELS                           panels of a product that reads A where it stands, at most; 0: no such code
+ *   FB_DIRECT_ROWS, FB_DIRECT_PANELS           rows of a tile and panels of a product that reads A where it stands, at most
+ *   FB_TILE_FUNCTION                           FB_INLINE or FB_NOINLINE: how the tiles are compiled
+ *   FB_FETCH_GROUP                             panels of a tile up to which it fetches the next ones
+ *   FB_FETCH_SPREAD, FB_FETCH_NEXT_A           whether it may fetch at every fourth k only; whether it fetches the next A
+ *   FB_DENSE_FROM, FB_DENSE_FEW, FB_FEW_ROWS   see struct fb_kernels
  *   FB_SPARSE_PANELS(r)                        panels at a time in a sparse product of r rows
  *   FB_MOST_PANELS, FB_PANEL_CASES             the most of these, X(n) for all of them
  * Each kernel's comment names the function of fastblock/reference.py that defines its bits.
@@ -152,14 +156,7 @@ FB_INLINE void FN(finish_tile)(const int rows, const int vecs, const fb_product 
                     s[i * vecs + j] = V(add)(s[i * vecs + j], v);
             }
         }
-        FB_UNROLL
-        for (int i = 0; i < rows * vecs; i++)
-            s[i] = V(canonical)(s[i]);
-        if (g->relu) {
-            FB_UNROLL
-            for (int i = 0; i < rows * vecs; i++)
-                s[i] = V(relu)(s[i]);
-        }
+        V(end)(rows * vecs, s, g->relu);
     }
     FB_UNROLL
     for (int i = 0; i < rows; i++) {
@@ -217,7 +214,7 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrd
  * overlap with the neighbouring tiles: a tile of 6 rows takes 6.05 cycles a k and 48 more, 25 to 30 with nothing at its end
  * but stores; finish and relu in 3 instead of 5 operations 1 to 1.02. 8 rows as 5 + 3 instead of 4 + 4: 1.2. */
 FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, const REAL *a, ptrdiff_t a_row,
-                        const REAL *b, ptrdiff_t left, const REAL *bias, const FN(place) at, ptrdiff_t fetch, ptrdiff_t fetches)
+                        const REAL *b, ptrdiff_t left, const REAL *bias, const FN(place) at, const fb_fetch fetch)
 {
     const int vecs = panels * PANEL_VECS;
     const ptrdiff_t b_panel = g->depth * PANEL;
@@ -229,13 +226,26 @@ FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, c
     for (int i = 0; i < rows; i++)
         FB_PREFETCH_WRITE(at.to + i * at.to_row);
 
-    for (; left >= FB_STRIP && fetches > 0; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL, fetches--) {
-        FB_UNROLL_K
-        for (int k = 0; k < FB_STRIP; k++) {
-            FB_PREFETCH_L2(b + k * PANEL + fetch);
-            FN(tile_step)(rows, vecs, a + k, a_row, b + k * PANEL, b_panel, s);
-        }
+    ptrdiff_t strips = fetch.strips;
+    const char *line = fetch.at;
+#define FB_FETCHING(fetch_at_k)                                                                                       \
+    for (; left >= FB_STRIP && strips > 0; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL, strips--) {         \
+        FB_UNROLL_K                                                                                                    \
+        for (int k = 0; k < FB_STRIP; k++) {                                                                           \
+            fetch_at_k;                                                                                                \
+            FN(tile_step)(rows, vecs, a + k, a_row, b + k * PANEL, b_panel, s);                                        \
+        }                                                                                                              \
+        line += fetch.step;                                                                                            \
     }
+    if (FB_FETCH_SPREAD && fetch.kind == FB_FETCH_QUARTER) { /* the same line 4 times, for every k is to be the same code */
+        FB_FETCHING(FB_PREFETCH_L2(line + k * FB_PANEL_BYTES / 4))
+    } else if (fetch.kind == FB_FETCH_LINES) {
+        FB_FETCHING(FB_PREFETCH_L2(line + k * FB_PANEL_BYTES))
+    } else if (FB_FETCH_GROUP > 1 && fetch.kind == FB_FETCH_PANELS) {
+        FB_FETCHING(FB_UNROLL for (int q = 0; q < panels; q++)
+                        FB_PREFETCH_L2(line + k * FB_PANEL_BYTES + q * b_panel * (ptrdiff_t)sizeof(REAL)))
+    }
+#undef FB_FETCHING
     for (; left >= FB_STRIP; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL) {
         FB_UNROLL_K
         for (int k = 0; k < FB_STRIP; k++)
@@ -250,7 +260,7 @@ FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, c
 /* The tile at row i and panel p; returns the number of panels done. The last panel, where it is partly outside C,
  * goes through a scratch tile: C is never written or read outside. */
 FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL *a, ptrdiff_t a_row, ptrdiff_t i,
-                                ptrdiff_t p, const int16_t *range, ptrdiff_t fetch, ptrdiff_t fetches)
+                                ptrdiff_t p, const int16_t *range, const fb_fetch fetch)
 {
     const ptrdiff_t depth = range[1] - range[0];
     const REAL *b = (const REAL *)g->b + p * g->depth * PANEL + range[0] * PANEL;
@@ -259,11 +269,15 @@ FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL 
     const ptrdiff_t left = g->cols - p * PANEL;
     a += i * a_row + range[0];
     if (FB_LIKELY(left >= FB_TILE_PANELS(rows) * PANEL)) {
-        FN(tile)(rows, FB_TILE_PANELS(rows), g, a, a_row, b, depth, bias, at, fetch, fetches);
+        FN(tile)(rows, FB_TILE_PANELS(rows), g, a, a_row, b, depth, bias, at, fetch);
         return FB_TILE_PANELS(rows);
     }
+    if (FB_TILE_PANELS(rows) > 2 && left >= 2 * PANEL) {
+        FN(tile)(rows, 2, g, a, a_row, b, depth, bias, at, (fb_fetch){0});
+        return 2;
+    }
     if (FB_TILE_PANELS(rows) > 1 && left >= PANEL) {
-        FN(tile)(rows, 1, g, a, a_row, b, depth, bias, at, 0, 0);
+        FN(tile)(rows, 1, g, a, a_row, b, depth, bias, at, (fb_fetch){0});
         return 1;
     }
     REAL scratch[FB_TILE_ROWS * FB_PANEL_BYTES / sizeof(REAL)];
@@ -271,10 +285,25 @@ FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL 
         memset(scratch, 0, sizeof scratch);
         FN(copy)(at.from, at.from_row, rows, left, scratch, PANEL);
     }
-    FN(tile)(rows, 1, g, a, a_row, b, depth, bias, (FN(place)){scratch, scratch, PANEL, PANEL}, 0, 0);
+    FN(tile)(rows, 1, g, a, a_row, b, depth, bias, (FN(place)){scratch, scratch, PANEL, PANEL}, (fb_fetch){0});
     FN(copy)(scratch, PANEL, rows, left, at.to, at.to_row);
     return 1;
 }
+
+/* As FB_NOINLINE, each tile height is a function of its own: what registers it gets does not depend on the others. */
+#define FB_TILE_OF(r)                                                                                                 \
+    FB_TILE_FUNCTION ptrdiff_t FN(FB_CAT(staged_, r))(const fb_product *g, const REAL *a, ptrdiff_t i, ptrdiff_t p,    \
+                                                      const int16_t *range, const fb_fetch *fetch)                     \
+    {                                                                                                                  \
+        return FN(tile_at)(r, g, a, FB_ROW, i, p, range, *fetch);                                                      \
+    }                                                                                                                  \
+    FB_TILE_FUNCTION ptrdiff_t FN(FB_CAT(direct_, r))(const fb_product *g, const REAL *a, ptrdiff_t i, ptrdiff_t p,    \
+                                                      const int16_t *range, const fb_fetch *fetch)                     \
+    {                                                                                                                  \
+        return FN(tile_at)(r > FB_DIRECT_ROWS ? FB_DIRECT_ROWS : r, g, a, g->a_row, i, p, range, *fetch); /* at most */     \
+    }
+FB_TILE_CASES(FB_TILE_OF)
+#undef FB_TILE_OF
 
 /* Which of the vectors at k in the rows of a tile hold nonzeros in which lanes. */
 FB_INLINE unsigned FN(nonzero_lanes)(const REAL *const *row, ptrdiff_t k)
@@ -314,23 +343,43 @@ FB_INLINE void FN(nonzero_range)(const REAL *a, ptrdiff_t a_row, ptrdiff_t rows,
     range[1] = (int16_t)end;
 }
 
+/* How each of the tiles side by side fetches its share of the next group of panels. The hardware does not notice that a
+ * panel will be followed by the next one. */
+FB_INLINE fb_fetch FN(fetch_panels)(const fb_product *g, ptrdiff_t group, ptrdiff_t tiles)
+{
+    const ptrdiff_t strips = g->depth / FB_STRIP, lines = group * g->depth;
+    if (group > FB_FETCH_GROUP || strips == 0)
+        return (fb_fetch){0};
+    if (tiles == 1)
+        return (fb_fetch){group > 1 ? FB_FETCH_PANELS : FB_FETCH_LINES, NULL, FB_STRIP * FB_PANEL_BYTES, strips};
+    const int spread = FB_FETCH_SPREAD && lines <= 4 * strips * tiles;
+    const ptrdiff_t at_once = spread ? FB_STRIP / 4 : FB_STRIP, share = (lines + at_once * tiles - 1) / (at_once * tiles);
+    return (fb_fetch){spread ? FB_FETCH_QUARTER : FB_FETCH_LINES, NULL, at_once * FB_PANEL_BYTES, fb_min(strips, share)};
+}
+
+/* The same `rows` rows of the next A, where they stand: whole lines if the rows touch, else up to FB_STRIP lines a row. */
+FB_INLINE fb_fetch FN(fetch_rows)(const fb_product *g, ptrdiff_t i, ptrdiff_t rows)
+{
+    const ptrdiff_t at_once = FB_STRIP * FB_PANEL_BYTES, row = g->a_row * (ptrdiff_t)sizeof(REAL);
+    const int touch = g->a_row == g->depth;
+    return (fb_fetch){.kind = FB_FETCH_LINES, .at = (const char *)g->next_a + i * row, .step = touch ? at_once : row,
+                      .strips = touch ? (rows * row + at_once - 1) / at_once : rows};
+}
+
 /* Loop 2 of the BLIS numbering runs over the panels of B, loop 1 over the row tiles of A: a panel (16 KB) stays in
  * L1 for all rows. Rows are dealt out evenly (13 = 5 + 4 + 4, not 6 + 6 + 1), because a tile of fewer than 4 rows x
  * 1 panel has too few chains to fill the FMA units; 3 rows or fewer span several panels instead. staged, a constant: A is
  * read, or copied to, FB_ROW apart. */
 FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
 {
-    const ptrdiff_t a_row = staged ? FB_ROW : g->a_row;
-    const ptrdiff_t panels = (g->cols + PANEL - 1) / PANEL;
-    const ptrdiff_t tiles = (g->rows + FB_TILE_ROWS - 1) / FB_TILE_ROWS;
+    const ptrdiff_t a_row = staged ? FB_ROW : g->a_row, most = staged ? FB_TILE_ROWS : FB_DIRECT_ROWS;
+    const ptrdiff_t panels = (g->cols + PANEL - 1) / PANEL, tiles = (g->rows + most - 1) / most;
     if (tiles == 0)
         return;
     const ptrdiff_t fewest = tiles == 1 ? g->rows : g->rows / tiles;
     const ptrdiff_t longer_until = (g->rows - tiles * fewest) * (fewest + 1);
     const ptrdiff_t group = FB_TILE_PANELS(fewest);
-    /* strips of a tile that fetch: together they fetch the next panel */
-    const ptrdiff_t strips = g->depth / FB_STRIP;
-    const ptrdiff_t fetches = !staged || group > 1 ? 0 : tiles == 1 ? strips : (strips + tiles - 1) / tiles;
+    const fb_fetch ahead = staged ? FN(fetch_panels)(g, group, tiles) : (fb_fetch){0};
     const int16_t whole[2] = {0, (int16_t)(g->depth - g->unseen)};
     int16_t range[FB_ROWS][2];
     const REAL *a = g->a;
@@ -353,12 +402,15 @@ FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
             rows = i < longer_until ? fewest + 1 : fewest;
             if (g->wanted && g->wanted[i + rows - 1] <= g->first_col + p0 * PANEL)
                 continue;
-            const ptrdiff_t fetch = (g->depth + t * fetches * FB_STRIP) * PANEL;
+            fb_fetch fetch = ahead;
+            fetch.at = (const char *)((const REAL *)g->b + p1 * g->depth * PANEL) + t * ahead.strips * ahead.step;
+            if (FB_FETCH_NEXT_A && g->next_a && p0 == 0)
+                fetch = FN(fetch_rows)(g, i, rows);
             for (ptrdiff_t p = p0; p < p1;) {
                 switch (rows) {
 #define FB_TILE_CASE(r)                                                                                               \
     case r:                                                                                                           \
-        p += FN(tile_at)(r, g, a, a_row, i, p, g->skip ? range[t] : whole, fetch, fetches);                           \
+        p += (staged ? FN(FB_CAT(staged_, r)) : FN(FB_CAT(direct_, r)))(g, a, i, p, g->skip ? range[t] : whole, &fetch); \
         break;
                     FB_TILE_CASES(FB_TILE_CASE)
 #undef FB_TILE_CASE
@@ -1108,6 +1160,9 @@ static const struct fb_kernels FN(kernels) = {
     .shift = FRACTION + 1,
     .infinity = (1 << (FB_BITS - 1 - FRACTION)) - 1,
     .direct = FB_DIRECT_PANELS * (FB_PANEL_BYTES / sizeof(REAL)),
+    .dense_from = FB_DENSE_FROM,
+    .dense_few = FB_DENSE_FEW,
+    .few_rows = FB_FEW_ROWS,
     .copy = FN(copy),
     .pack = FN(pack),
     .pack_rows = FN(pack_rows),

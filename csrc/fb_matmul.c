@@ -8,12 +8,12 @@
 
 #include <string.h>
 
-/* Nonzeros in the span of a tile from which on the dense tile is faster. With 4 to 7 rows the weights have to be read
- * anyway, and the dense tile reads them in order (6 x 768 -> 3072: at half zeros lists take 1.14 times as long, at 90 %
- * 0.95; 8 rows: 0.98 and 0.96). Fewer rows read only what they need, more rows read it from L1. */
-static double dense_from(ptrdiff_t rows)
+/* With few rows the weights have to be read anyway, and the dense tile reads them in order (AVX2, 6 x 768 -> 3072: at half
+ * zeros lists take 1.14 times as long, at 90 % 0.95; 8 rows: 0.98 and 0.96). Up to 3 rows read only what they need, more rows
+ * read it from L1. */
+static double dense_from(const struct fb_kernels *k, ptrdiff_t rows)
 {
-    return rows > 3 && rows < 8 ? 0.25 : 0.85;
+    return rows > 3 && rows <= k->few_rows ? k->dense_few : k->dense_from;
 }
 
 /* Nonzeros that meet a row of B, on average, up to which whole rows of B are read, and nonzeros of one row of A, as a
@@ -27,7 +27,9 @@ static const double SKIP_WORK = 50000;
 enum {
     FEWEST_ROWS = 12,  /* staged at a time, however long they are */
     COLUMNS = 256,     /* columns of C per pass over A: their part of C stays in L2 from one block of k to the next */
-    MIX_COLUMNS = 1024 /* columns of X packed at a time: 256 x 1024 float are 1 MB */
+    MIX_BYTES = 800 << 10, /* of X packed at a time, all its positions for some columns, up to these; they stay in L2 */
+    MIX_DEPTH = 2048,
+    MIX_COLUMNS = 1024
 };
 
 static ptrdiff_t row_bytes(const struct fb_kernels *k, ptrdiff_t depth)
@@ -123,7 +125,7 @@ void fb_product_skipping(const struct fb_kernels *k, fb_product *g, int finite, 
     }
     const double density = (double)nonzeros / (double)seen;
     const int by_rows = g->b_rows && density < ROWS_DENSITY && density * (double)g->rows < ROWS_MEET;
-    if (!by_rows && (double)nonzeros > dense_from(g->rows) * (double)spans) {
+    if (!by_rows && (double)nonzeros > dense_from(k, g->rows) * (double)spans) {
         g->skip = spans < seen;
         k->product(g);
         return;
@@ -226,59 +228,74 @@ static void product_causal(const struct fb_kernels *k, const fb_product *whole, 
     }
 }
 
+static ptrdiff_t mix_columns(const struct fb_kernels *k, ptrdiff_t positions, ptrdiff_t features)
+{
+    if (features * fb_min(MIX_DEPTH, positions) <= MIX_BYTES / 8 && features <= MIX_COLUMNS)
+        return fb_round_up(features, k->panel);
+    const ptrdiff_t fit = MIX_BYTES / (fb_min(MIX_DEPTH, positions) * k->size);
+    return fb_round_up(fb_even(features, fb_max(4 * k->panel, fb_min(MIX_COLUMNS, fit))), k->panel);
+}
+
 ptrdiff_t fb_mix_rows(const struct fb_kernels *k, const fb_mixing *m, ptrdiff_t first_row, ptrdiff_t rows, void *out,
                       ptrdiff_t out_row, fb_arena arena)
 {
     const ptrdiff_t size = k->size, positions = m->positions, features = m->features;
+    const ptrdiff_t columns = mix_columns(k, positions, features);
     /* an out_row of whole panels has room for the columns beyond the last */
     const ptrdiff_t width = fb_min(fb_round_up(features, k->panel), out_row);
-    void *packed = fb_take(&arena, fb_min(FB_BLOCK, positions) * fb_round_up(fb_min(MIX_COLUMNS, features), k->panel) * size);
+    void *packed = fb_take(&arena, fb_min(MIX_DEPTH, positions) * columns * size);
     const fb_nonzeros list = fb_take_list(&arena, k, fb_min(FB_ROWS, rows), 0, 0);
     if (!arena.memory)
         return arena.used;
-    for (ptrdiff_t j = 0; j < features; j += MIX_COLUMNS) {
-        const ptrdiff_t cols = fb_min(MIX_COLUMNS, features - j);
-        for (ptrdiff_t k0 = 0; k0 < positions && !fb_stop(0); k0 += FB_BLOCK) {
-            fb_product g = {
-                .a = fb_at(m->weights, first_row * positions + k0, size),
-                .a_row = positions,
-                .b = packed,
-                .c = fb_at(out, j, size),
-                .c_row = out_row,
-                .t = fb_at(out, j, size),
-                .t_row = out_row,
-                .cols = fb_min(MIX_COLUMNS, width - j),
-                .depth = fb_min(FB_BLOCK, positions - k0),
-                .first = k0 == 0,
-                .last = k0 + FB_BLOCK >= positions,
-            };
-            fb_fp_forget_subnormals();
-            const int finite = k->pack_rows(fb_at(m->x, k0 * features + j, size), features, g.depth, cols,
-                                            m->key_mask ? m->key_mask + k0 : NULL, packed);
-            fb_panels block = {.data = packed, .n = cols, .k = g.depth, .finite = finite};
-            if (finite && fb_fp_met_subnormals())
-                fb_look_at_panels(k, &block);
-            const void *weights = g.a;
+    for (ptrdiff_t j = 0; j < features; j += columns)
+        for (ptrdiff_t d = 0; d < positions; d += MIX_DEPTH) {
+            const ptrdiff_t cols = fb_min(columns, features - j), end = fb_min(d + MIX_DEPTH, positions);
+            fb_panels blocks[MIX_DEPTH / FB_BLOCK], *block = blocks;
+            char *at = packed;
+            for (ptrdiff_t k0 = d; k0 < end && !fb_stop(0); k0 += FB_BLOCK, block++) {
+                *block = (fb_panels){.data = at, .n = cols, .k = fb_min(FB_BLOCK, end - k0)};
+                fb_fp_forget_subnormals();
+                block->finite = k->pack_rows(fb_at(m->x, k0 * features + j, size), features, block->k, cols,
+                                             m->key_mask ? m->key_mask + k0 : NULL, at);
+                if (block->finite && fb_fp_met_subnormals())
+                    fb_look_at_panels(k, block);
+                at += block->k * fb_round_up(cols, k->panel) * size;
+            }
             for (ptrdiff_t i = 0; i < rows; i += FB_ROWS) {
-                g.rows = fb_min(FB_ROWS, rows - i);
-                if (m->causal && !finite) {
-                    g.a = weights;
-                    g.stage = list.value;
-                    product_causal(k, &g, first_row + i + 1 - k0);
-                } else {
-                    const fb_left left = fb_fit_both(k, (fb_left){weights, positions, 0}, g.rows, &block, list.value);
-                    fb_nonzeros own = list;
-                    if (left.at == list.value)
-                        own.value = NULL;
-                    g.a = left.at;
-                    g.a_row = left.row;
-                    fb_product_skipping(k, &g, finite, own);
+                const ptrdiff_t end_row = fb_min(i + FB_ROWS, rows);
+                block = blocks;
+                for (ptrdiff_t k0 = d; k0 < end && !fb_stop(0); k0 += FB_BLOCK, block++) {
+                    const ptrdiff_t row = (first_row + i) * positions;
+                    fb_product g = {
+                        .a = fb_at(m->weights, row + k0, size),
+                        .a_row = positions,
+                        .next_a = fb_at(m->weights, k0 + FB_BLOCK < end ? row + k0 + FB_BLOCK : row + FB_ROWS * positions + d, size),
+                        .b = block->data,
+                        .c = fb_at(out, i * out_row + j, size),
+                        .c_row = out_row,
+                        .t = fb_at(out, i * out_row + j, size),
+                        .t_row = out_row,
+                        .rows = end_row - i,
+                        .cols = fb_min(columns, width - j),
+                        .depth = block->k,
+                        .stage = list.value,
+                        .first = k0 == 0,
+                        .last = k0 + FB_BLOCK >= positions,
+                    };
+                    if (m->causal && !block->finite) {
+                        product_causal(k, &g, first_row + i + 1 - k0);
+                    } else {
+                        const fb_left left = fb_fit_both(k, (fb_left){g.a, positions, 0}, g.rows, block, list.value);
+                        fb_nonzeros own = list;
+                        if (left.at == list.value)
+                            own.value = NULL;
+                        g.a = left.at;
+                        g.a_row = left.row;
+                        fb_product_skipping(k, &g, block->finite, own);
+                    }
                 }
-                weights = fb_at(weights, FB_ROWS * positions, size);
-                g.c = g.t = fb_at(g.c, FB_ROWS * out_row, size);
             }
         }
-    }
     return arena.used;
 }
 

@@ -8,9 +8,17 @@
 
 /* Registers: 16. A tile of 6 rows x 1 panel (2 vectors) holds 12 accumulators, 2 weights and 1 broadcast in 15. */
 #define FB_TILE_ROWS 6
+#define FB_DIRECT_ROWS 6
 #define FB_TILE_PANELS(rows) ((rows) == 1 ? 6 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
 #define FB_TILE_VECS 12
 #define FB_DIRECT_PANELS 8 /* see product */
+#define FB_TILE_FUNCTION FB_INLINE
+#define FB_FETCH_GROUP 1
+#define FB_FETCH_SPREAD 0
+#define FB_FETCH_NEXT_A 0
+#define FB_DENSE_FROM 0.85
+#define FB_DENSE_FEW 0.25
+#define FB_FEW_ROWS 7
 #define FB_SPARSE_PANELS(rows) ((rows) > 3 ? 4 : 6) /* see sparse_rows */
 #define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6)
 #define FB_MOST_PANELS 6

@@ -8,9 +8,17 @@
 
 /* Registers: 32. A tile of 14 rows x 2 panels (2 vectors) holds 28 accumulators, 2 weights and 1 broadcast in 31. */
 #define FB_TILE_ROWS 14
-#define FB_TILE_PANELS(rows) ((rows) == 1 ? 8 : (rows) == 2 ? 6 : (rows) == 3 ? 4 : (rows) == 4 ? 3 : 2)
+#define FB_DIRECT_ROWS 6
+#define FB_TILE_PANELS(rows) ((rows) == 1 ? 8 : (rows) == 2 ? 6 : (rows) <= 6 ? 4 : 2)
 #define FB_TILE_VECS 28
-#define FB_DIRECT_PANELS 0 /* not measured */
+#define FB_DIRECT_PANELS 8
+#define FB_TILE_FUNCTION FB_NOINLINE
+#define FB_FETCH_GROUP 4
+#define FB_FETCH_SPREAD 1
+#define FB_FETCH_NEXT_A 1
+#define FB_DENSE_FROM 0.57
+#define FB_DENSE_FEW 0.25
+#define FB_FEW_ROWS 16
 #define FB_SPARSE_PANELS(rows) 8
 #define FB_PANEL_CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #define FB_MOST_PANELS 8
@@ -34,6 +42,10 @@ FB_INLINE void fb_f32_store_first(float *p, fb_f32_vec v, ptrdiff_t n)
 }
 FB_INLINE void fb_f32_stream(float *p, fb_f32_vec v)
 {
+    if ((uintptr_t)p % 64 == 0) {
+        _mm512_stream_ps(p, v);
+        return;
+    }
     _mm_stream_ps(p, _mm512_extractf32x4_ps(v, 0));
     _mm_stream_ps(p + 4, _mm512_extractf32x4_ps(v, 1));
     _mm_stream_ps(p + 8, _mm512_extractf32x4_ps(v, 2));
@@ -46,10 +58,20 @@ FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { return _mm512_mul_
 FB_INLINE fb_f32_vec fb_f32_fma(fb_f32_vec a, fb_f32_vec b, fb_f32_vec c) { return _mm512_fmadd_ps(a, b, c); }
 FB_INLINE fb_f32_vec fb_f32_max(fb_f32_vec a, fb_f32_vec b) { return _mm512_max_ps(a, b); }
 FB_INLINE fb_f32_vec fb_f32_min(fb_f32_vec a, fb_f32_vec b) { return _mm512_min_ps(a, b); }
+/* one instruction: of each class of numbers what becomes of it; 0: the NaN, 1: itself, 8: +0.0 */
 FB_INLINE fb_f32_vec fb_f32_canonical(fb_f32_vec v)
 {
-    v = _mm512_add_ps(v, _mm512_setzero_ps());
-    return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+    return _mm512_fixupimm_ps(_mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)), v, _mm512_set1_epi32(0x11111800), 0);
+}
+FB_INLINE void fb_f32_end(const int n, fb_f32_vec *s, int relu)
+{
+    static const int32_t nan_and_classes[3] = {0x7fc00000, 0x11111800, 0x18181800};
+    const int32_t *constant = nan_and_classes;
+    __asm__ volatile("" : "+r"(constant)); /* or they would be in registers, which loops before need, from the start */
+    const __m512i classes = _mm512_set1_epi32(constant[relu ? 2 : 1]);
+    FB_UNROLL
+    for (int i = 0; i < n; i++)
+        s[i] = _mm512_fixupimm_ps(_mm512_castsi512_ps(_mm512_set1_epi32(constant[0])), s[i], classes, 0);
 }
 FB_INLINE fb_f32_vec fb_f32_relu(fb_f32_vec v)
 {
@@ -67,6 +89,38 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
     lane = _mm512_slli_epi32(_mm512_maskz_compress_epi32((__mmask16)keep, lane), 6);
     _mm256_storeu_si256((__m256i *)offset, _mm512_cvtepi32_epi16(lane));
 }
+FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
+{
+    __m512 t[16];
+    FB_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+    }
+    FB_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+        v[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+        v[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+        v[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+    }
+    FB_UNROLL
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+    FB_UNROLL
+    for (int i = 0; i < 4; i++) {
+        v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        v[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        v[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+#define FB_OWN_TRANSPOSE
+#define FB_OWN_END
 #define FB_OWN_FIRST
 #define FB_OWN_STREAM
 #define FB_LANES_BITS 32
@@ -99,11 +153,20 @@ FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { return _mm512_mul_
 FB_INLINE fb_f64_vec fb_f64_fma(fb_f64_vec a, fb_f64_vec b, fb_f64_vec c) { return _mm512_fmadd_pd(a, b, c); }
 FB_INLINE fb_f64_vec fb_f64_max(fb_f64_vec a, fb_f64_vec b) { return _mm512_max_pd(a, b); }
 FB_INLINE fb_f64_vec fb_f64_min(fb_f64_vec a, fb_f64_vec b) { return _mm512_min_pd(a, b); }
+/* one instruction: of each class of numbers what becomes of it; 0: the NaN, 1: itself, 8: +0.0 */
 FB_INLINE fb_f64_vec fb_f64_canonical(fb_f64_vec v)
 {
-    v = _mm512_add_pd(v, _mm512_setzero_pd());
-    return _mm512_mask_mov_pd(v, _mm512_cmp_pd_mask(v, v, _CMP_UNORD_Q),
-                              _mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000)));
+    return _mm512_fixupimm_pd(_mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000)), v, _mm512_set1_epi64(0x11111800), 0);
+}
+FB_INLINE void fb_f64_end(const int n, fb_f64_vec *s, int relu)
+{
+    static const int64_t nan_and_classes[3] = {0x7ff8000000000000, 0x11111800, 0x18181800};
+    const int64_t *constant = nan_and_classes;
+    __asm__ volatile("" : "+r"(constant)); /* or they would be in registers, which loops before need, from the start */
+    const __m512i classes = _mm512_set1_epi64(constant[relu ? 2 : 1]);
+    FB_UNROLL
+    for (int i = 0; i < n; i++)
+        s[i] = _mm512_fixupimm_pd(_mm512_castsi512_pd(_mm512_set1_epi64(constant[0])), s[i], classes, 0);
 }
 FB_INLINE fb_f64_vec fb_f64_relu(fb_f64_vec v)
 {
@@ -120,6 +183,34 @@ FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *v
     lane = _mm512_slli_epi64(_mm512_maskz_compress_epi64((__mmask8)keep, lane), 6);
     _mm_storeu_si128((__m128i *)offset, _mm512_cvtepi64_epi16(lane));
 }
+FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
+{
+    __m512d t[8];
+    FB_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm512_unpacklo_pd(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_pd(v[i], v[i + 1]);
+    }
+    FB_UNROLL
+    for (int i = 0; i < 2; i++) {
+        v[i] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0x88);
+        v[i + 2] = _mm512_shuffle_f64x2(t[i], t[i + 2], 0xdd);
+        v[i + 4] = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0x88);
+        v[i + 6] = _mm512_shuffle_f64x2(t[i + 4], t[i + 6], 0xdd);
+    }
+    FB_UNROLL
+    for (int i = 0; i < 2; i++) {
+        t[i] = _mm512_shuffle_f64x2(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f64x2(v[i], v[i + 4], 0xdd);
+        t[i + 2] = _mm512_shuffle_f64x2(v[i + 2], v[i + 6], 0x88);
+        t[i + 6] = _mm512_shuffle_f64x2(v[i + 2], v[i + 6], 0xdd);
+    }
+    FB_UNROLL
+    for (int i = 0; i < 8; i++)
+        v[i] = t[i];
+}
+#define FB_OWN_TRANSPOSE
+#define FB_OWN_END
 #define FB_OWN_FIRST
 #define FB_OWN_STREAM
 #define FB_LANES_BITS 64

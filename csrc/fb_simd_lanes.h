@@ -1,7 +1,7 @@
 /* fb_simd_lanes.h - vector operations for which a tier has no instructions of its own, lane by lane.
  *
  * An fb_simd_*.h includes this behind the operations of each dtype, with FB_LANES_BITS 32 or 64. What it has defined
- * itself, it names: FB_OWN_SPLATS, FB_OWN_FIRST, FB_OWN_STREAM, FB_OWN_TRANSPOSE.
+ * itself, it names: FB_OWN_SPLATS, FB_OWN_FIRST, FB_OWN_STREAM, FB_OWN_TRANSPOSE, FB_OWN_END.
  */
 #if FB_LANES_BITS == 32
 #define REAL float
@@ -68,6 +68,21 @@ FB_INLINE void V(transpose)(VEC *v)
 }
 #endif
 
+#ifndef FB_OWN_END
+/* canonical, and with relu that, of n vectors */
+FB_INLINE void V(end)(const int n, VEC *s, int relu)
+{
+    FB_UNROLL
+    for (int i = 0; i < n; i++)
+        s[i] = V(canonical)(s[i]);
+    if (relu) {
+        FB_UNROLL
+        for (int i = 0; i < n; i++)
+            s[i] = V(relu)(s[i]);
+    }
+}
+#endif
+
 #undef REAL
 #undef VEC
 #undef LANES
@@ -77,3 +92,4 @@ FB_INLINE void V(transpose)(VEC *v)
 #undef FB_OWN_FIRST
 #undef FB_OWN_STREAM
 #undef FB_OWN_TRANSPOSE
+#undef FB_OWN_END

@@ -12,8 +12,16 @@
 
 #define FB_TILE_ROWS 4
 #define FB_TILE_PANELS(rows) 1
+#define FB_DIRECT_ROWS FB_TILE_ROWS
 #define FB_TILE_VECS 16
 #define FB_DIRECT_PANELS 0 /* not measured */
+#define FB_TILE_FUNCTION FB_INLINE
+#define FB_FETCH_GROUP 1
+#define FB_FETCH_SPREAD 0
+#define FB_FETCH_NEXT_A 0
+#define FB_DENSE_FROM 0.85
+#define FB_DENSE_FEW 0.25
+#define FB_FEW_ROWS 7
 #define FB_SPARSE_PANELS(rows) 1
 #define FB_PANEL_CASES(X) X(1)
 #define FB_MOST_PANELS 1

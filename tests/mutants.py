@@ -60,12 +60,6 @@ MUTANTS = {  # file: (name, old text, new text)
             "    if (1) {\n        FB_UNROLL",
         ),
         ("all vectors of a tile get the first bias", "VEC v = V(load)(bias + j * LANES);", "VEC v = V(load)(bias);"),
-        ("a tile is not made canonical", "            s[i] = V(canonical)(s[i]);", "            s[i] = s[i];"),
-        (
-            "relu of a tile loses NaN",
-            "                s[i] = V(relu)(s[i]);",
-            "                s[i] = V(max)(s[i], V(zero)());",
-        ),
         (
             "a wide tile rounds twice",
             "s[i * vecs + j] = V(fma)(side[i], one, s[i * vecs + j]);",
@@ -83,10 +77,8 @@ MUTANTS = {  # file: (name, old text, new text)
         ),
         (
             "a tile leaves out strips that fetch",
-            "for (; left >= FB_STRIP && fetches > 0; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * "
-            "PANEL, fetches--) {",
-            "for (; left >= FB_STRIP && fetches > 0; left -= FB_STRIP, a += FB_STRIP, b += FB_STRIP * PANEL, fetches -= 2) {\n"
-            "        if (fetches == 3) continue;",
+            "a += FB_STRIP, b += FB_STRIP * PANEL, strips--) {",
+            "a += FB_STRIP, b += FB_STRIP * PANEL, strips -= 2) {\\\n        if (strips == 3) continue;",
         ),
         (
             "totals of the last panel are forgotten",
@@ -351,7 +343,16 @@ MUTANTS = {  # file: (name, old text, new text)
             "_mm_stream_pd(p + 2, _mm256_extractf128_pd(v, 0));",
         ),
     ],
+    "csrc/fb_simd_lanes.h": [
+        ("a tile is not made canonical", "        s[i] = V(canonical)(s[i]);", "        s[i] = s[i];"),
+        ("relu of a tile loses NaN", "            s[i] = V(relu)(s[i]);", "            s[i] = V(max)(s[i], V(zero)());"),
+    ],
     "csrc/fb_simd_avx512.h": [
+        ("avx512: a tile keeps -0.0, float32", "{0x7fc00000, 0x11111800, 0x18181800}", "{0x7fc00000, 0x11111100, 0x18181800}"),
+        ("avx512: relu keeps what is negative, float64", "{0x7ff8000000000000, 0x11111800, 0x18181800}",
+         "{0x7ff8000000000000, 0x11111800, 0x11181800}"),
+        ("avx512: a tile keeps NaN's bits, float64", "{0x7ff8000000000000, 0x11111800, 0x18181800}",
+         "{0x7ff8000000000000, 0x11111811, 0x18181800}"),
         ("avx512: another NaN, float32", "_mm512_set1_epi32(0x7fc00000)", "_mm512_set1_epi32(0xffc00000)"),
         (
             "avx512: relu of NaN is 0, float64",
@@ -493,7 +494,7 @@ MUTANTS = {  # file: (name, old text, new text)
             "fb_at(m->x, k0 * features, size), features,",
         ),
         ("mixing: the key_mask of the first block for all", "m->key_mask ? m->key_mask + k0 : NULL", "m->key_mask"),
-        ("mixing: later keys count where they are not finite", "if (m->causal && !finite) {", "if (0) {"),
+        ("mixing: later keys count where they are not finite", "if (m->causal && !block->finite) {", "if (0) {"),
         ("mixing: the first key of a later block counts", "g.depth - fb_max(0, seen)", "g.depth - fb_max(1, seen)"),
         (
             "mixing: a position does not see itself",
