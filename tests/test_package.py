@@ -209,7 +209,7 @@ def test_tier_files_hold_no_code():
 def test_simd_headers_have_the_same_operations_in_the_same_order():
     """But for those that fb_simd_lanes.h has for all: a tier that brings its own says so, or it would not compile."""
     common = re.findall(r"^FB_INLINE .*?\bV\((\w+)\)\(", (CSRC / "fb_simd_lanes.h").read_text(), re.MULTILINE)
-    assert common == ["splats", "load_first", "store_first", "stream", "stream_end", "transpose"]
+    assert common == ["splats", "load_first", "store_first", "stream", "stream_end", "transpose", "end"]
     operations = {}
     for tier in TIERS:
         text = (CSRC / f"fb_simd_{tier}.h").read_text()

@@ -67,10 +67,26 @@ static void lanes_mask_storeu_pd(double *p, unsigned mask, __m512d v)
 {
     memcpy(p, &v, (size_t)__builtin_popcount(mask) * sizeof *p);
 }
+/* Quarters: two of a, two of b. */
+static __m512 quarters_shuffle_f32x4(__m512 a, __m512 b, int which)
+{
+    const char *from[4] = {(const char *)&a, (const char *)&a, (const char *)&b, (const char *)&b};
+    __m512 r;
+    for (int i = 0; i < 4; i++)
+        memcpy((char *)&r + 16 * i, from[i] + 16 * (which >> 2 * i & 3), 16);
+    return r;
+}
+static __m512d quarters_shuffle_f64x2(__m512d a, __m512d b, int which)
+{
+    return _mm512_castps_pd(quarters_shuffle_f32x4(_mm512_castpd_ps(a), _mm512_castpd_ps(b), which));
+}
+#define _mm512_shuffle_f32x4 quarters_shuffle_f32x4
+#define _mm512_shuffle_f64x2 quarters_shuffle_f64x2
 #define _mm512_maskz_loadu_ps lanes_maskz_loadu_ps
 #define _mm512_maskz_loadu_pd lanes_maskz_loadu_pd
 #define _mm512_mask_storeu_ps lanes_mask_storeu_ps
 #define _mm512_mask_storeu_pd lanes_mask_storeu_pd
+#define _mm512_stream_ps(p, v) _mm512_storeu_ps(p, v)
 #define _mm512_cvtps_pd halves_cvtps_pd
 #define _mm512_cvtpd_ps halves_cvtpd_ps
 #define _mm512_cvtepi32_epi16 lanes_cvtepi32_epi16
