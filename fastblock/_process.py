@@ -5,6 +5,7 @@ interrupt while NumPy is loaded, ends the command as it would later.
 """
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -87,5 +88,13 @@ def _end(kind, error, trace):
     raise SystemExit(finish(status_of(error)))
 
 
-if os.path.basename(sys.argv[0] if sys.argv else "") in ("-m", "fastblock", "fastblock.exe"):  # this is the command
+def _is_command():
+    """Whether this process runs the command: while -m imports the package, argv does not say yet whose -m it is."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if name == "-m":
+        return re.fullmatch(r"(-\w*m)?fastblock(\.__main__)?", sys.orig_argv[-len(sys.argv)]) is not None
+    return name in ("fastblock", "fastblock.exe")
+
+
+if _is_command():
     sys.excepthook = _end

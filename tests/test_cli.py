@@ -209,6 +209,23 @@ def test_an_interrupt_while_modules_are_imported(module, how, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (130, "interrupted", "")
 
 
+@pytest.mark.parametrize("arguments", [["-m", "other"], ["-mother"], ["-m", "other", "-m", "fastblock"], ["-m", "other.fastblock"]])
+@pytest.mark.parametrize("isa", ["", "no-such-tier"])
+def test_the_faults_of_other_programs_are_theirs(isa, arguments, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import fastblock\nraise ValueError('theirs')\n")
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | ({"FASTBLOCK_ISA": isa} if isa else {}),
+    )
+    assert (result.returncode, result.stdout) == (1, "") and "Traceback" in result.stderr
+    assert ("FASTBLOCK_ISA" if isa else "ValueError: theirs") in result.stderr.splitlines()[-1]
+
+
 def test_a_fault_of_our_own_is_no_difference(monkeypatch, capfd):
     def fail():
         raise ZeroDivisionError("of our own")
