@@ -2,103 +2,91 @@
 
 import argparse
 import json
+import os
+import platform
+import shlex
+import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import fastblock
+
+from . import ROOT
+from .cases import CASES
 from .contestants import PEERS
-from .machine import available_cores, machine
-from .measure import Driver, threads_text
-from .plan import full_plan, quick_plan
-from .report import as_json, as_markdown
-from .results import RaceResult, Results
+from .measure import Driver, available_cores
+from .report import as_markdown, threads_text
+
+QUICK_FLOPS = 1e8
 
 
 def main():
     arguments = _arguments()
-    plan = (quick_plan if arguments.quick else full_plan)(sorted(set(arguments.threads)), arguments.peers)
-    # The roofline needs its roof, whatever is chosen.
-    races = [race for race in plan if race.kind == "memory" or arguments.filter in f"{race.kind}: {race.label}"]
-    if all(race.kind == "memory" for race in races):
-        sys.exit(f"nothing in the plan contains {arguments.filter!r}")
-
-    facts = {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "rounds": arguments.rounds,
-    }
-    results = Results()
-    with Driver(arguments.rounds) as driver, Progress(len(races)) as progress:
-        for race in races:
-            progress.start(f"{race.label}, {threads_text(race.entries[0].threads)}")
-            results.append(RaceResult(race, driver.run(race, progress.show)))
-        facts |= {"contestants": driver.facts(), "missing": driver.missing}
-
-    text = as_markdown(results, facts)
+    run = json.loads(arguments.redraw.read_text(encoding="utf-8")) if arguments.redraw else _measure(arguments)
+    text = as_markdown(run)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "benchmarks.json").write_text(json.dumps(run, indent=1, allow_nan=False), encoding="utf-8")
     (arguments.out / "benchmarks.md").write_text(text, encoding="utf-8")
-    with open(arguments.out / "benchmarks.json", "w", encoding="utf-8") as file:
-        json.dump(as_json(results, facts), file, indent=1, allow_nan=False)
+    print(text)
     try:
-        from .plots import write_plots
+        from .plot import draw
     except ModuleNotFoundError as error:
-        plots = f"No plots: {error}. "
+        print(f"No plot: {error}.")
     else:
-        plots = ""
-        write_plots(results, arguments.out)
-    print(f"{text}\n{plots}Written to {arguments.out}")
-    return 1 if results.wrong() else 0
+        draw(run, arguments.out / "benchmarks.png")
+    print(f"Written to {arguments.out}")
+    return 1 if any("WRONG BITS" in row["failures"].values() for row in run["rows"]) else 0
+
+
+def _measure(arguments):
+    plan = [
+        (case, count)
+        for count in sorted(set(arguments.threads))
+        for case in CASES
+        if arguments.filter in case.label
+        if count == 1 or case.many_threads
+        if case.flops < QUICK_FLOPS or not arguments.quick
+    ]
+    if not plan:
+        sys.exit(f"no case contains {arguments.filter!r}")
+    run = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), "rounds": arguments.rounds}
+    driver, rows = Driver(arguments.peers, arguments.rounds), []
+    for number, (case, threads) in enumerate(plan, start=1):
+        print(f"{number}/{len(plan)} {case.label}, {threads_text(threads)}", file=sys.stderr, flush=True)
+        rows.append(driver.run(case, threads))
+    return run | {"contestants": driver.facts, "missing": driver.missing, "rows": rows}
+
+
+def machine():
+    """What a result depends on besides the contestants."""
+    command = shlex.join(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"])
+    failed, commit = subprocess.getstatusoutput(command)
+    return {
+        "cpu": fastblock.show_config(mode="dicts")["cpu"],
+        "cores": len(available_cores()),
+        "load": round(os.getloadavg()[0], 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "commit": "unknown" if failed else commit,
+    }
 
 
 def _arguments():
-    cores, names = len(available_cores()), [peer.name for peer in PEERS]
-
-    def threads(text):
-        count = cores if text == "all" else int(text)
-        if not 1 <= count <= cores:
-            raise argparse.ArgumentTypeError(f"expected 1 to {cores} or all, got {text}")
-        return count
-
+    cores = len(available_cores())
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="fastblock side by side with its peers.")
     add = parser.add_argument
-    add("--quick", action="store_true", help="tiny shapes and 3 rounds, to see that everything works")
-    add("--threads", nargs="+", type=threads, default=[1, cores], metavar="N", help="numbers, or all (default: 1 all)")
+    add("--quick", action="store_true", help="small shapes and 3 rounds, to see that everything works")
+    counts = range(1, cores + 1)
+    add("--threads", nargs="+", type=int, choices=counts, default=[1, cores], metavar="N", help="default: 1, all cores")
     add("--filter", default="", metavar="TEXT", help='only what contains it, such as "feed_forward 128"')
-    add("--rounds", type=int, metavar="N", help="samples of each contestant (default: 15), fewer where they are long")
+    add("--rounds", type=int, default=15, metavar="N", help="samples of each, fewer of long ones (default: 15)")
     add("--out", type=Path, default=Path("build/benchmarks"), metavar="DIR", help="default: %(default)s")
-    add("--peers", nargs="*", choices=names, default=names, metavar="NAME", help=f"some of: {', '.join(names)}")
+    add("--peers", nargs="*", choices=PEERS, default=PEERS, metavar="NAME", help=f"some of: {', '.join(PEERS)}")
+    add("--redraw", type=Path, metavar="JSON", help="measure nothing: report and plot of an earlier run")
     arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or (3 if arguments.quick else 15)
-    if arguments.rounds < 3:
-        parser.error("argument --rounds: expected at least 3, as quartiles are shown")
+    arguments.rounds = max(3, 0 if arguments.quick else arguments.rounds)
     return arguments
-
-
-class Progress:
-    """A bar on a terminal, elsewhere a line for each race."""
-
-    def __init__(self, total):
-        self.total, self.done, self.text = total, -1, ""
-
-    def start(self, text):
-        self.done, self.text = self.done + 1, text
-        if sys.stderr.isatty():
-            self.show(0)
-        else:
-            print(f"{self.done}/{self.total} {text}", file=sys.stderr, flush=True)
-
-    def show(self, part):
-        """`part` of the present race is done."""
-        if sys.stderr.isatty():
-            bar = "#" * int(30 * (self.done + part) / self.total)
-            print(f"\r[{bar:.<30}] {self.done}/{self.total} {self.text:70.70}", end="", file=sys.stderr, flush=True)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,305 +1,173 @@
-"""What can be measured: an operation, its shape and its data, how much work it is, and what the right result is.
+"""The one table of what is measured, the data of each case, and the bits that fastblock has to return for it."""
 
-Letters as in the formulas: P positions, D features, F hidden units, E head width. All data are float64 Gaussians
-rounded to the dtype, from one seed.
-"""
-
-import math
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
-from fastblock import reference
+from fastblock import reference, walkthrough
 
-from . import expressions
-
+HEAD_WIDTH = 64  # of a block's query-key module; attention_weights alone is as wide as its input
 ROWS_CHECKED = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Case:
-    """One operation at one shape. Cases are values: equal ones are the same row of every table."""
+    """`shape` reads "batch x positions x features -> width of the next layer"; first and last may be missing."""
 
-    operation: ClassVar[str]
-    inputs: ClassVar[tuple[str, ...]] = ("x",)  # the others are parameters, which a library may pack in advance
-    positions: int
-    features: int
+    operation: str
+    shape: str
+    input: str = "Gaussian"  # ReLU makes about half of the hidden values zero; or "97% zeros", or "worked example"
+    mask: str = ""  # or "causal", or "padding": sequences are a quarter as long as the array, up to as long
     dtype: str = "float32"
-
-    @property
-    def shape(self):
-        return f"{self.positions} x {self.features}"
+    many_threads: bool = False  # measured on all cores, too, not on one only
+    plotted: bool = False
 
     @property
     def label(self):
-        return f"{self.operation} {self.shape}" + (", float64" if self.dtype == "float64" else "")
+        remarks = (self.input.replace("Gaussian", ""), self.mask, self.dtype.replace("float32", ""))
+        return ", ".join(filter(None, (f"{self.operation} {self.shape}", *remarks)))
+
+    @cached_property
+    def sizes(self):
+        """(leading dimensions, positions, features, width of the next layer or 0)"""
+        left, _, right = self.shape.partition(" -> ")
+        *lead, positions, features = map(int, left.split(" x "))
+        return tuple(lead), positions, features, int(right or 0)
 
     @property
-    def flops(self):
-        """Floating-point operations when nothing is skipped."""
-        raise NotImplementedError
+    def head_width(self):
+        """Of the query-key module; 0 without one."""
+        if self.operation == "attention_weights":
+            return self.sizes[2]
+        return HEAD_WIDTH if self.operation == "block" and self.input != "worked example" else 0
 
     @property
     def output_shape(self):
-        return self.positions, self.features
+        lead, positions, features, width = self.sizes
+        own = {"attention_weights": positions, "up_project": width, "down_project": width}
+        return *lead, positions, own.get(self.operation, features)
+
+    @property
+    def flops(self):
+        """Floating-point operations of the whole matrix products, also of what may be skipped."""
+        lead, positions, features, width = self.sizes
+        attention = 4 * positions * features * self.head_width + 2 * positions**2 * self.head_width
+        mixing = 2 * positions**2 * features if self.operation in ("mix_positions", "block") else 0
+        layers = (1 if self.operation.endswith("_project") else 2) * 2 * positions * features * width
+        return int(np.prod(lead, initial=1)) * (attention + mixing + layers)
 
     def data(self):
-        """The arguments of the operation, by name."""
-        rng = np.random.default_rng(0)
-        return {name: np.ascontiguousarray(array, self.dtype) for name, array in self._data(rng).items()}
+        """(what changes from call to call, parameters, which may be packed in advance): arguments in order, by name.
 
-    def split(self, data):
-        """(inputs, parameters)"""
-        inputs = {name: data[name] for name in self.inputs}
-        return inputs, {name: array for name, array in data.items() if name not in inputs}
-
-    @property
-    def sample(self):
-        """The index of the part of a result that is checked: here, a few rows.
-
-        A result of fastblock does not depend on its neighbours, so a part can be compared with the reference bit for
-        bit when the whole would take hours.
+        A mask is the matrix that is added to the scores.
         """
-        return np.unique(np.linspace(0, self.positions - 1, ROWS_CHECKED).astype(int))
-
-    def data_of_sample(self, data):
-        return data | {name: data[name][self.sample] for name in self.inputs}
-
-    def reference(self, data):
-        """The bits that fastblock has to return."""
-        return getattr(reference, self.operation)(**data)
-
-    def truth(self, data):
-        """The result in a precision that makes its own error invisible, or None where NumPy has none."""
-        wide = np.dtype(np.float64 if self.dtype == "float32" else np.longdouble)
-        if np.finfo(wide).eps >= np.finfo(self.dtype).eps:
-            return None
-        expression = getattr(expressions, self.operation)
-        return expression(expressions.NUMPY, **{name: array.astype(wide) for name, array in data.items()})
-
-    @property
-    def nbytes(self):
-        """What has to be read and written once, if nothing is skipped and caches are large enough."""
-        elements = sum(array.size for name, array in self.data().items() if name != "mask")
-        return (elements + math.prod(self.output_shape)) * np.dtype(self.dtype).itemsize
-
-    def facts(self):
-        """The case as JSON."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"operation": self.operation, "label": self.label, "flops": self.flops} | own
-
-
-class BiasReLU(Case):
-    operation = "bias_relu"
+        rng = np.random.default_rng(0)
+        lead, positions, features, width = self.sizes
+        x = rng.standard_normal((*lead, positions, features))
+        inputs, parameters = {"x": x}, {}
+        if self.operation == "mix_positions":
+            weights = rng.random((*lead, positions, positions)) + 0.01
+            weights = np.tril(weights) if self.mask else weights
+            inputs = {"weights": weights / weights.sum(-1, keepdims=True), "x": x}
+        for name in "qk" if self.head_width else "":
+            parameters[f"w_{name}"] = rng.standard_normal((self.head_width, features)) / np.sqrt(features)
+            parameters[f"b_{name}"] = rng.standard_normal(self.head_width) / 8
+        if self.mask == "causal" and self.head_width:
+            parameters["mask"] = np.triu(np.full((positions, positions), -np.inf), 1)
+        elif self.mask == "padding":
+            lengths = np.linspace(positions / 4, positions, lead[0]).astype(int)
+            parameters["mask"] = np.where(np.arange(positions) < lengths[:, None, None], 0, -np.inf)
+        w1, b1 = rng.standard_normal((width, features)) / np.sqrt(features), rng.standard_normal(width) / 8
+        if self.input == "97% zeros":
+            b1 -= round(np.quantile(x @ w1.T + b1, 0.97), 3)  # whatever last bits the BLAS of a process has
+        if self.operation == "down_project":
+            inputs, parameters = {"h": np.maximum(x, 0)}, {"w2": w1, "b2": b1}
+        elif width:
+            parameters |= {"w1": w1, "b1": b1}
+        if self.operation in ("feed_forward", "block"):
+            parameters["w2"] = rng.standard_normal((features, width)) / np.sqrt(width)
+            parameters["b2"] = rng.standard_normal(features) / 8
+        if self.input == "worked example":
+            inputs, parameters = {"x": walkthrough.X, "weights": walkthrough.A}, walkthrough.BLOCKS[0]
+        return tuple({n: np.array(a, self.dtype, order="C") for n, a in part.items()} for part in (inputs, parameters))
 
     @property
-    def flops(self):
-        return 2 * self.positions * self.features
+    def rows(self):
+        """Index of what is checked of a result: rows of its last sequence, as the reference takes hours for all.
 
-    def _data(self, rng):
-        return {"x": rng.standard_normal((self.positions, self.features)), "bias": rng.standard_normal(self.features)}
+        A row does not depend on its neighbours, so that even few are compared bit for bit.
+        """
+        lead, positions, *_ = self.sizes
+        return *(-1 for _ in lead), np.unique(np.linspace(0, positions - 1, ROWS_CHECKED).astype(int))
 
-
-@dataclass(frozen=True, kw_only=True)
-class LayerCase(Case):
-    """A layer, or two, of the feed-forward network."""
-
-    hidden: int
-
-    @property
-    def shape(self):
-        return f"{super().shape} -> {self.hidden}"
-
-    @property
-    def flops(self):
-        return 2 * self.positions * self.features * self.hidden
-
-    def _layer(self, rng, number, width_in, width_out):
-        return {
-            f"w{number}": rng.standard_normal((width_out, width_in)) / np.sqrt(width_in),
-            f"b{number}": rng.standard_normal(width_out) / 8,
-        }
-
-
-class UpProject(LayerCase):
-    operation = "up_project"
-
-    @property
-    def output_shape(self):
-        return self.positions, self.hidden
-
-    def _data(self, rng):
-        x = rng.standard_normal((self.positions, self.features))
-        return {"x": x, **self._layer(rng, 1, self.features, self.hidden)}
+    @cache
+    def expected(self):
+        """The bits of these rows."""
+        *last, rows = self.rows
+        inputs, parameters = self.data()
+        inputs = {name: array[tuple(last)] for name, array in inputs.items()}
+        mask = fastblock_mask(self, parameters.pop("mask", None))
+        if self.mask == "padding":
+            mask["key_mask"] = mask["key_mask"][-1]
+        projections = {name: parameters.pop(name) for name in ("w_q", "w_k", "b_q", "b_k") if name in parameters}
+        if projections:
+            inputs["weights"] = reference.attention_weights(**inputs, **projections, **mask)
+            if self.operation == "attention_weights":
+                return inputs["weights"][rows]
+        if "weights" in inputs:
+            inputs = {"x": reference.mix_positions(inputs["weights"][rows], inputs["x"])}
+            if self.operation == "mix_positions":
+                return inputs["x"]
+            return reference.feed_forward(**inputs, **parameters)
+        return getattr(reference, self.operation)(*(array[rows] for array in inputs.values()), **parameters)
 
 
-class DownProject(LayerCase):
-    """Positive input: there is no zero to skip."""
-
-    operation = "down_project"
-    inputs = ("h",)
-
-    @property
-    def shape(self):
-        return f"{self.positions} x {self.hidden} -> {self.features}"
-
-    def _data(self, rng):
-        h = np.abs(rng.standard_normal((self.positions, self.hidden)))
-        return {"h": h, **self._layer(rng, 2, self.hidden, self.features)}
+def fastblock_mask(case, mask):
+    """The keywords by which fastblock is told what others add to the scores."""
+    if mask is None:
+        return {}
+    return {"causal": True} if case.mask == "causal" else {"key_mask": mask[:, 0] == 0}
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeedForward(LayerCase):
-    """`zeros` is the share of hidden values that ReLU makes zero; None leaves the data Gaussian: about half."""
-
-    operation = "feed_forward"
-    zeros: float | None = None
-
-    @property
-    def label(self):
-        return super().label + ("" if self.zeros is None else f", {self.zeros:.0%} zeros")
-
-    @property
-    def flops(self):
-        return 2 * super().flops
-
-    def _data(self, rng):
-        x = rng.standard_normal((self.positions, self.features))
-        up = self._layer(rng, 1, self.features, self.hidden)
-        if self.zeros is not None:
-            # a hair below the quantile, so that 0 % is none
-            up["b1"] -= np.quantile(x @ up["w1"].T + up["b1"], self.zeros) - 1e-4
-        return {"x": x, **up, **self._layer(rng, 2, self.hidden, self.features)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Block(LayerCase):
-    """The whole block with given attention weights, small enough to be checked whole."""
-
-    operation = "block"
-    inputs = ("weights", "x")
-
-    @property
-    def flops(self):
-        return 2 * self.positions**2 * self.features + 2 * super().flops
-
-    @property
-    def sample(self):
-        return ...
-
-    def _data(self, rng):
-        return {
-            "weights": _attention_weights(rng, (self.positions, self.positions)),
-            "x": rng.standard_normal((self.positions, self.features)),
-            **self._layer(rng, 1, self.features, self.hidden),
-            **self._layer(rng, 2, self.hidden, self.features),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class SequenceCase(Case):
-    """An operation across positions, on one sequence or on `batch` independent ones."""
-
-    batch: int | None = None
-    causal: bool = False
-
-    @property
-    def shape(self):
-        return " x ".join(map(str, (*self.lead, self.positions, self.features)))
-
-    @property
-    def label(self):
-        return super().label + (", causal" if self.causal else "")
-
-    @property
-    def lead(self):
-        return () if self.batch is None else (self.batch,)
-
-    @property
-    def output_shape(self):
-        return *self.lead, self.positions, self.features
-
-    @property
-    def sample(self):
-        """One sequence."""
-        return ... if self.batch is None else slice(-1, None)
-
-
-class MixPositions(SequenceCase):
-    operation = "mix_positions"
-    inputs = ("weights", "x")
-
-    @property
-    def flops(self):
-        return 2 * (self.batch or 1) * self.positions**2 * self.features
-
-    def _data(self, rng):
-        weights = _attention_weights(rng, (*self.lead, self.positions, self.positions), self.causal)
-        return {"weights": weights, "x": rng.standard_normal(self.output_shape)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionWeights(SequenceCase):
-    operation = "attention_weights"
-    head_width: int
-
-    @property
-    def output_shape(self):
-        return *self.lead, self.positions, self.positions
-
-    @property
-    def flops(self):
-        projections = 4 * self.positions * self.features * self.head_width
-        return (self.batch or 1) * (projections + 2 * self.positions**2 * self.head_width)
-
-    def _data(self, rng):
-        data = {
-            "x": rng.standard_normal((*self.lead, self.positions, self.features)),
-            "w_q": rng.standard_normal((self.head_width, self.features)) / np.sqrt(self.features),
-            "w_k": rng.standard_normal((self.head_width, self.features)) / np.sqrt(self.features),
-            "b_q": rng.standard_normal(self.head_width) / 8,
-            "b_k": rng.standard_normal(self.head_width) / 8,
-        }
-        if self.causal:  # fastblock takes the word for it, the others this matrix
-            data["mask"] = np.triu(np.full((self.positions, self.positions), -np.inf), 1)
-        return data
-
-    def reference(self, data):
-        arguments = {name: array for name, array in data.items() if name != "mask"}
-        return reference.attention_weights(**arguments, causal=self.causal)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadMemory(Case):
-    """No operation of a block: how fast one vector can be read, for the roof of the roofline."""
-
-    operation = "read_memory"
-    positions: int = 1
-
-    @property
-    def flops(self):
-        return 2 * self.features
-
-    @property
-    def output_shape(self):
-        return ()
-
-    @property
-    def sample(self):
-        return ...
-
-    def reference(self, data):
-        return None
-
-    def truth(self, data):
-        return None
-
-    def _data(self, rng):
-        return {"x": rng.standard_normal(self.features)}
-
-
-def _attention_weights(rng, shape, causal=False):
-    weights = rng.random(shape) + 0.01
-    if causal:
-        weights = np.tril(weights)
-    return weights / weights.sum(-1, keepdims=True)
+_ONE, _ALL, _PLOT = False, True, True
+CASES = tuple(
+    Case(*row)
+    for row in [
+        # operation            shape                    input             mask       dtype      threads plotted
+        ("block",             "5 x 3 -> 4",            "worked example", "",        "float32", _ONE, _PLOT),
+        ("block",             "8 x 16 x 256 -> 1024",  "Gaussian",       "causal",  "float32", _ONE),
+        ("block",             "8 x 128 x 384 -> 1536", "Gaussian",       "padding", "float32", _ALL),
+        ("block",             "512 x 768 -> 3072",     "Gaussian",       "causal",  "float32", _ALL, _PLOT),
+        ("feed_forward",      "1 x 768 -> 3072",       "Gaussian",       "",        "float32", _ALL, _PLOT),
+        ("feed_forward",      "1 x 768 -> 3072",       "97% zeros",      "",        "float32", _ALL),
+        ("feed_forward",      "8 x 768 -> 3072",       "Gaussian",       "",        "float32", _ALL, _PLOT),
+        ("feed_forward",      "8 x 768 -> 3072",       "97% zeros",      "",        "float32", _ALL),
+        ("feed_forward",      "128 x 768 -> 3072",     "Gaussian",       "",        "float32", _ALL, _PLOT),
+        ("feed_forward",      "128 x 768 -> 3072",     "97% zeros",      "",        "float32", _ALL, _PLOT),
+        ("feed_forward",      "2048 x 768 -> 3072",    "Gaussian",       "",        "float32", _ALL),
+        ("feed_forward",      "2048 x 768 -> 3072",    "97% zeros",      "",        "float32", _ALL),
+        ("feed_forward",      "16 x 64 -> 256",        "Gaussian",       "",        "float32", _ONE, _PLOT),
+        ("feed_forward",      "128 x 384 -> 1536",     "Gaussian",       "",        "float32", _ALL),
+        ("feed_forward",      "128 x 384 -> 1536",     "97% zeros",      "",        "float32", _ALL),
+        ("feed_forward",      "16 x 64 -> 256",        "Gaussian",       "",        "float64", _ONE),
+        ("feed_forward",      "128 x 768 -> 3072",     "Gaussian",       "",        "float64", _ONE),
+        ("up_project",        "8 x 768 -> 3072",       "Gaussian",       "",        "float32", _ONE),
+        ("up_project",        "128 x 768 -> 3072",     "Gaussian",       "",        "float32", _ONE),
+        ("up_project",        "128 x 768 -> 3072",     "Gaussian",       "",        "float64", _ONE),
+        ("down_project",      "128 x 3072 -> 768",     "Gaussian",       "",        "float32", _ONE),
+        ("mix_positions",     "12 x 128 x 64",         "Gaussian",       "",        "float32", _ALL),
+        ("mix_positions",     "12 x 128 x 64",         "Gaussian",       "causal",  "float32", _ALL),
+        ("mix_positions",     "512 x 768",             "Gaussian",       "",        "float32", _ALL, _PLOT),
+        ("mix_positions",     "512 x 768",             "Gaussian",       "causal",  "float32", _ALL, _PLOT),
+        ("mix_positions",     "2048 x 64",             "Gaussian",       "",        "float32", _ONE),
+        ("mix_positions",     "2048 x 64",             "Gaussian",       "causal",  "float32", _ONE),
+        ("mix_positions",     "512 x 768",             "Gaussian",       "",        "float64", _ONE),
+        ("attention_weights", "12 x 128 x 64",         "Gaussian",       "",        "float32", _ALL),
+        ("attention_weights", "12 x 128 x 64",         "Gaussian",       "causal",  "float32", _ALL),
+        ("attention_weights", "12 x 512 x 64",         "Gaussian",       "",        "float32", _ALL, _PLOT),
+        ("attention_weights", "12 x 512 x 64",         "Gaussian",       "causal",  "float32", _ALL, _PLOT),
+        ("attention_weights", "12 x 2048 x 64",        "Gaussian",       "",        "float32", _ALL),
+        ("attention_weights", "12 x 2048 x 64",        "Gaussian",       "causal",  "float32", _ALL),
+        ("attention_weights", "12 x 128 x 64",         "Gaussian",       "",        "float64", _ONE),
+    ]
+)

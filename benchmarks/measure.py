@@ -1,9 +1,7 @@
 """Processes, one for each contestant and number of threads, taken in turn.
 
-A process starts with an environment and an affinity that leave it its threads and no more. It prepares cases, and
-samples one when its turn comes: the clock is read inside, around nothing but calls, while all others sleep. So nobody
-runs while the pool of somebody else still spins, and what the machine does in the meantime hits all alike: what counts
-is the ratio of two contestants within a round, and the median of these ratios over the rounds.
+One process samples its case while all others sleep, so that nobody runs while the pool of somebody else still spins.
+What the machine does in the meantime hits all alike: what counts is the ratio of two contestants within a round.
 """
 
 import multiprocessing
@@ -11,220 +9,159 @@ import os
 import random
 import signal
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from unittest.mock import patch
 
+import numpy as np
 from fastblock.walkthrough import wait_until_quiet
 
-from .contestants import CONTESTANTS
-from .machine import available_cores, thread_variables
-from .verify import Verdict, judge
+from .contestants import CONTESTANTS, facts
+from .timing import fastest
 
 ROUNDS_AT_LEAST = 3
-SECONDS_PER_RACE = 60
+SECONDS_PER_CASE = 20
+ROUNDING = 1000  # units in the last place that rounding explains in the root mean square; a lower precision shows
+ONE_THREAD = "fastblock, 1 thread"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Who runs what with how many threads."""
-
-    contestant: str
-    threads: int
-    case: object
-
-
-def threads_text(count):
-    return f"{count} thread{'s' * (count > 1)}"
-
-
-@dataclass(frozen=True)
-class Race:
-    """Entries that are measured together, each once in each round, and can be compared with each other."""
-
-    kind: str
-    label: str
-    entries: tuple[Entry, ...]
-
-
-@dataclass
-class Outcome:
-    """What has become of an entry: seconds per call, one for each round, or the reason why there are none."""
-
-    samples: list[float] = field(default_factory=list)
-    way: str = ""
-    verdict: Verdict = Verdict()
-    failure: str | None = None
-
-
-class ContestantError(Exception):
-    """A contestant cannot be started, or cannot do a case."""
+def wrong(name, case, result):
+    """What is wrong with the checked rows of a result, if anything: fastblock must have the bits, peers the values."""
+    expected = case.expected()
+    if result.shape != expected.shape:
+        return f"WRONG RESULT, of shape {result.shape}"
+    if name == "fastblock":
+        return None if result.dtype == expected.dtype and result.tobytes() == expected.tobytes() else "WRONG BITS"
+    off = np.sqrt(np.mean(np.square(result - expected)) / np.mean(np.square(expected)))
+    return None if off < ROUNDING * np.finfo(case.dtype).eps else f"WRONG RESULT, off by {off:.1e}"
 
 
 # ---- in the contestant's process
 
+_ways = _call = None
 
-def _serve(connection, name, threads):
+
+def _start(name, threads):
+    global _ways
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver ends it
     os.dup2(2, 1)  # stdout is for the report
+    _ways = partial(CONTESTANTS[name], threads=threads)
+    return facts(name)
+
+
+def _prepare(case):
+    """(way, rows to be checked)"""
+    global _call
+    _call = None  # its memory is free before the next one's is taken
+    _call = fastest(_ways(case, *case.data()))
+    _call.sample()
+    return _call.way, np.array(_call()[case.rows]) if callable(_call) else None
+
+
+def _sample():
+    seconds = _call.sample()
+    wait_until_quiet()
+    return seconds
+
+
+def _tell(function, *arguments):
+    """(result, None) or (None, what went wrong): not every library's exceptions survive the way between processes."""
     try:
-        contestant = CONTESTANTS[name](threads)
-        connection.send((True, contestant.facts()))
+        return function(*arguments), None
     except Exception as error:
-        connection.send((False, _sentence(error)))
-        return
-    calls = {}
-
-    def prepare(case, data):
-        # What comes through the pipe lies in some odd place. NumPy's own memory may have huge pages.
-        calls[case] = call = contestant.prepare(case, {name: array.copy() for name, array in data.items()})
-        result = call()
-        call.sample()
-        return call.way, None if result is None else result[case.sample]
-
-    def sample(case):
-        seconds = calls[case].sample()
-        wait_until_quiet()
-        return seconds
-
-    methods = {"prepare": prepare, "sample": sample, "forget": calls.clear}
-    with contestant.context():
-        while True:
-            try:
-                method, *arguments = connection.recv()
-            except EOFError:
-                return
-            try:
-                connection.send((True, methods[method](*arguments)))
-            except Exception as error:
-                connection.send((False, _sentence(error)))
-
-
-def _sentence(error):
-    """One line. A missing package is told in its own words, without the name of the exception."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, (ModuleNotFoundError, NotImplementedError)) else f"{type(error).__name__}: {text}"
+        text = " ".join(str(error).split())[:300]  # a missing package is told in its own words
+        plain = isinstance(error, (ModuleNotFoundError, NotImplementedError))
+        return None, text if plain else f"{type(error).__name__}: {text}"
 
 
 # ---- in the driver
 
 
+class Failure(Exception):
+    """A contestant cannot be started, or cannot do a case."""
+
+
+def available_cores():
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count()))
+
+
 @contextmanager
 def _inheritable(threads):
-    """Processes started in here inherit the environment and are pinned to `threads` cores, the last ones: the first
-    usually serves the interrupts."""
-    environment, cores = dict(os.environ), available_cores()
-    os.environ.update(thread_variables(threads))
-    pin = os.sched_setaffinity if hasattr(os, "sched_setaffinity") else lambda pid, cores: None
-    pin(0, cores[-threads:])
-    try:
-        yield
-    finally:
-        pin(0, cores)
-        os.environ.clear()
-        os.environ.update(environment)
+    """Processes started in here inherit what limits them to `threads` threads.
 
-
-class Worker:
-    """The driver's end of a contestant's process."""
-
-    def __init__(self, name, threads):
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        with _inheritable(threads):
-            context.Process(target=_serve, args=(theirs, name, threads), daemon=True).start()
-        theirs.close()
-        self.ended = False
-        self.facts = self._answer()
-
-    def ask(self, method, *arguments):
-        with suppress(OSError):  # the answer tells why
-            self._connection.send((method, *arguments))
-        return self._answer()
-
-    def _answer(self):
+    They are pinned to the last cores, as the first usually serves the interrupts. Their allocator keeps what is freed,
+    as those do that the PyTorch tuning guide recommends: new pages for every result would more than double the time of
+    libraries that cannot be told where to write.
+    """
+    names = "FASTBLOCK", "OMP", "OPENBLAS", "MKL", "VECLIB_MAXIMUM"
+    limits = {f"{name}_NUM_THREADS": str(threads) for name in names}
+    limits |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    pin, cores = getattr(os, "sched_setaffinity", lambda pid, cores: None), available_cores()
+    with patch.dict(os.environ, limits):
+        pin(0, cores[-threads:])
         try:
-            well, value = self._connection.recv()
-        except (EOFError, OSError):
-            self.ended = True
-            raise ContestantError("its process has ended") from None
-        if not well:
-            raise ContestantError(value)
-        return value
-
-    def close(self):
-        self._connection.close()
+            yield
+        finally:
+            pin(0, cores)
 
 
 class Driver:
-    """Starts processes when they are first needed, remembers which contestants are missing, and runs races."""
+    """Starts processes when they are first needed, and remembers which contestants are missing."""
 
-    def __init__(self, rounds):
-        self.rounds = rounds
-        self.missing = {}
-        self._workers = {}
+    def __init__(self, peers, rounds):
+        self.names, self.rounds = ("fastblock", *peers, "FMA peak"), rounds
+        self.facts, self.missing, self._processes = {}, {}, {}
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for worker in self._workers.values():
-            worker.close()
-
-    def facts(self):
-        """What the contestants say about themselves, by name and number of threads."""
-        return {f"{name}, {threads_text(threads)}": worker.facts for (name, threads), worker in self._workers.items()}
-
-    def _worker(self, entry):
-        key = entry.contestant, entry.threads
-        if key not in self._workers or self._workers[key].ended:
-            self._workers[key] = Worker(*key)
-        return self._workers[key]
-
-    def run(self, race, progress):
-        """{entry: outcome} for all contestants that are there; `progress` is told the part that is done."""
-        outcomes = self._prepare(race, progress)
-        self._take_turns(outcomes, progress)
-        for entry in outcomes:
-            with _noted(outcomes[entry]):
-                self._worker(entry).ask("forget")
-        return outcomes
-
-    def _prepare(self, race, progress):
-        outcomes, data = {}, {}
-        for number, entry in enumerate(race.entries):
-            progress(number / len(race.entries) / 2)
-            if entry.contestant in self.missing:
-                continue
+    def run(self, case, threads):
+        """A row of the results: seconds per call of each contestant, one for each round, or why there are none."""
+        row = {**asdict(case), "label": case.label, "flops": case.flops, "threads": threads, "ways": {}, "failures": {}}
+        who = {name: (name, threads) for name in self.names} | ({ONE_THREAD: ("fastblock", 1)} if threads > 1 else {})
+        seconds = {}
+        for shown, key in who.items():
             try:
-                worker = self._worker(entry)
-            except ContestantError as error:
-                self.missing[entry.contestant] = str(error)
-                continue
-            if entry.case not in data:
-                data[entry.case] = entry.case.data()
-            outcomes[entry] = outcome = Outcome()
-            with _noted(outcome):
-                outcome.way, result = worker.ask("prepare", entry.case, data[entry.case])
-                outcome.verdict = judge(entry.contestant, entry.case, result)
-                outcome.failure = outcome.verdict.wrong
-        return outcomes
-
-    def _take_turns(self, outcomes, progress):
+                row["ways"][shown] = self._prepare(key, case)
+                seconds[shown] = []
+            except Failure as failure:
+                if shown not in self.missing:
+                    row["failures"][shown] = str(failure)
         start, done, rounds = time.perf_counter(), 0, self.rounds
-        while done < rounds and (running := [entry for entry in outcomes if outcomes[entry].failure is None]):
-            # Another order each time: whoever always followed the same neighbour would always find the cores as it left them.
-            for entry in random.Random(done).sample(running, len(running)):
-                with _noted(outcomes[entry]):
-                    outcomes[entry].samples.append(self._worker(entry).ask("sample", entry.case))
+        while done < rounds:
+            # Another order each time: who always followed the same neighbour would find the cores as it left them.
+            for shown in random.Random(done).sample(list(seconds), len(seconds)):
+                try:
+                    seconds[shown].append(float(f"{self._ask(who[shown], _sample):.4g}"))
+                except Failure as failure:
+                    row["failures"][shown] = str(failure)
+                    del seconds[shown]
             done += 1
-            seconds = (time.perf_counter() - start) / done
-            rounds = min(self.rounds, max(ROUNDS_AT_LEAST, int(SECONDS_PER_RACE / seconds)))
-            progress(0.5 + done / rounds / 2)
+            rounds = min(rounds, max(ROUNDS_AT_LEAST, int(SECONDS_PER_CASE / (time.perf_counter() - start) * done)))
+        return row | {"seconds": seconds}
 
+    def _prepare(self, key, case):
+        name, threads = key
+        if name not in self.missing and key not in self._processes:
+            with _inheritable(threads):
+                self._processes[key] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+                try:
+                    self.facts[name] = self._ask(key, _start, name, threads)
+                except Failure as failure:
+                    self.missing[name] = str(failure)
+        if name in self.missing:
+            raise Failure(self.missing[name])
+        way, rows = self._ask(key, _prepare, case)
+        if rows is not None and (fault := wrong(name, case, rows)):
+            raise Failure(fault)
+        return way
 
-@contextmanager
-def _noted(outcome):
-    try:
-        yield
-    except ContestantError as error:
-        outcome.failure = str(error)
+    def _ask(self, key, function, *arguments):
+        try:
+            result, failure = self._processes[key].submit(_tell, function, *arguments).result()
+        except BrokenProcessPool:
+            del self._processes[key]  # the next case starts another one
+            result, failure = None, "its process has ended"
+        if failure:
+            raise Failure(failure)
+        return result

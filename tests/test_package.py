@@ -110,7 +110,8 @@ def test_wheel_size(source, tmp_path):
 @pytest.mark.slow
 def test_sdist(distributions):
     with tarfile.open(distributions[0]) as file:
-        shipped = {name.partition("/")[2] for name in file.getnames() if not file.getmember(name).isdir()}
+        members = {name.partition("/")[2]: member for name in file.getnames() if not (member := file.getmember(name)).isdir()}
+    shipped = set(members)
     made = {"PKG-INFO", "setup.cfg", *(name for name in shipped if name.startswith("fastblock.egg-info/"))}
     expected = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
     for folder in ("csrc", "fastblock", "tests", "benchmarks"):
@@ -119,6 +120,20 @@ def test_sdist(distributions):
             if path.is_file() and "__pycache__" not in name and path.suffix not in (".so", ".o", ".pyc"):
                 expected.add(name)
     assert shipped - made == expected
+    pictures = {name: member.size for name, member in members.items() if Path(name).suffix in PICTURES}
+    assert {name: size for name, size in pictures.items() if size > 60_000} == {}
+
+
+PICTURES = ".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"
+
+
+def test_pictures_are_small_and_all_that_is_linked_to_is_there():
+    for folder in ("csrc", "fastblock", "tests", "benchmarks"):
+        pictures = [path for path in (ROOT / folder).rglob("*") if path.suffix in PICTURES]
+        assert [path for path in pictures if path.stat().st_size > 60_000] == []
+    for document in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+        links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text(encoding="utf-8"))
+        assert links and [link for link in links if not (document.parent / link).exists()] == [], document
 
 
 def test_changelog_knows_this_version():

@@ -1,4 +1,4 @@
-"""One call of a library as it is timed: the loop, the warm-up, and the choice between calls that mean the same."""
+"""One call of a library as it is timed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,23 +9,18 @@ from typing import Any
 import numpy as np
 
 SAMPLE_SECONDS = 2e-3
-WARM_UP_BELOW = 20e-3
-TRIAL_SECONDS = 50e-3
+WARM_UP_BELOW = 20e-3  # reading parameters of 20 MB again takes some 2 ms, which is nothing to a longer call
 
 
 @dataclass
 class Call:
-    """One call to be timed: function(*arguments, **keywords), and how its value is read as an array.
-
-    `way` names the call among others that mean the same; `keep` holds the memory that a library knows by address only.
-    """
+    """function(*arguments, **keywords); `read` makes an array of its value, `way` tells it from its alternatives."""
 
     function: Callable
     arguments: tuple = ()
     keywords: dict = field(default_factory=dict)
     read: Callable[[Any], np.ndarray] = np.asarray
     way: str = ""
-    keep: Any = None
 
     def __call__(self):
         return self.read(self.function(*self.arguments, **self.keywords))
@@ -41,11 +36,7 @@ class Call:
 
     @cached_property
     def _repetitions(self):
-        """(to warm up, to be timed): calls enough for SAMPLE_SECONDS, and a quarter of them first.
-
-        The first calls find in the caches what others have left there. Reading parameters of 20 MB again takes some
-        2 ms, which is nothing to a call that takes longer than WARM_UP_BELOW.
-        """
+        """(to warm up, to be timed): calls enough for SAMPLE_SECONDS; the first find in the caches what others left."""
         self()
         repetitions = 1
         while (seconds := self._timer.timeit(repetitions)) < SAMPLE_SECONDS:
@@ -60,13 +51,6 @@ class Call:
 
 
 def fastest(calls):
-    """The fastest of several calls that mean the same, in a short trial: at least two samples of each."""
-
-    def best(call):
-        samples = [call.sample(), call.sample()]
-        while len(samples) < 5 and sum(samples) < TRIAL_SECONDS:
-            samples.append(call.sample())
-        return min(samples)
-
+    """The fastest of several calls that do the same, in a short trial."""
     calls = list(calls)
-    return min(calls, key=best) if len(calls) > 1 else calls[0]
+    return min(calls, key=lambda call: min(call.sample() for _ in range(3))) if len(calls) > 1 else calls[0]
