@@ -4,7 +4,7 @@
  * keys only, in key order, and `ends` remembers where the blocks of the original key numbers end. With causal, a tile
  * of queries meets the keys up to its last query only, and in the product a tile of rows those up to its last row.
  */
-#include "fb_kernels.h"
+#include "fb_internal.h"
 
 #include <math.h>
 #include <string.h>
@@ -26,14 +26,14 @@ typedef struct attention_job {
 
 static ptrdiff_t blocks_of(ptrdiff_t positions)
 {
-    return positions / FB_BLOCK + 1;
+    return positions / FB_CHAIN + 1;
 }
 
 /* Pass 2, one batch item: drop the masked keys and pack the others. ends[i]: how many have a number < 256 (i + 1). */
 static void pack_keys(const attention_job *t, ptrdiff_t b)
 {
     const fb_attending *a = t->a;
-    const ptrdiff_t positions = a->positions, width = a->params->w_k.n, size = a->k->size;
+    const ptrdiff_t positions = a->positions, width = a->params->w_k.n, size = a->tier->size;
     const uint8_t *mask = a->key_mask ? a->key_mask + b * positions : NULL;
     ptrdiff_t *key = t->key + b * positions, *ends = t->ends + b * blocks_of(positions), n = 0;
     char *keys = fb_at(t->keys, b * positions * width, size);
@@ -43,13 +43,13 @@ static void pack_keys(const attention_job *t, ptrdiff_t b)
                 memcpy(fb_at(keys, n * width, size), fb_at(keys, j * width, size), (size_t)(width * size));
             key[n++] = j;
         }
-        if (j % FB_BLOCK == FB_BLOCK - 1)
+        if (j % FB_CHAIN == FB_CHAIN - 1)
             *ends++ = n;
     }
     *ends = PTRDIFF_MAX; /* the open last block */
     t->packed[b].n = n;
-    fb_panels_fill(a->k, keys, width, &t->packed[b]);
-    fb_look_at_panels(a->k, &t->packed[b]);
+    fb_panels_fill(a->tier, keys, width, &t->packed[b]);
+    fb_look_at_panels(a->tier, &t->packed[b]);
 }
 
 static ptrdiff_t pack_part(const void *job, fb_arena arena, int part, int parts)
@@ -65,15 +65,15 @@ static ptrdiff_t pack_part(const void *job, fb_arena arena, int part, int parts)
 static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_arena arena)
 {
     const fb_attending *a = t->a;
-    const struct fb_kernels *k = a->k;
+    const fb_tier *tier = a->tier;
     const fb_panels *w_q = &a->params->w_q;
     const void *b_q = a->params->b_q;
-    const ptrdiff_t positions = a->positions, size = k->size, width = w_q->n, rows = fb_min(t->tile, positions - i);
+    const ptrdiff_t positions = a->positions, size = tier->size, width = w_q->n, rows = fb_min(t->tile, positions - i);
     void *scores = fb_take(&arena, fb_bytes(fb_round_up(t->tile, FB_SOFTMAX_ROWS), t->scores_row, size));
-    void *queries = fb_take(&arena, fb_stage_bytes(k, t->tile, width));
-    void *stage = fb_take(&arena, fb_stage_bytes(k, t->tile, w_q->k));
+    void *queries = fb_take(&arena, fb_stage_bytes(tier, t->tile, width));
+    void *stage = fb_take(&arena, fb_stage_bytes(tier, t->tile, w_q->k));
     const fb_panels keys = {.n = positions, .k = width};
-    void *lowered = fb_take(&arena, fb_max(fb_lowered_bytes(k, w_q), fb_lowered_bytes(k, &keys)));
+    void *lowered = fb_take(&arena, fb_max(fb_lowered_bytes(tier, w_q), fb_lowered_bytes(tier, &keys)));
     if (!arena.memory || fb_stop((double)rows * (double)positions * (double)(width + 32)))
         return arena.used;
     const ptrdiff_t *key = t->key + b * positions, *ends = t->ends + b * blocks_of(positions);
@@ -88,22 +88,22 @@ static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_aren
             seen++;
         count[r] = seen;
     }
-    const fb_left x = fb_stage(k, fb_at(a->x, (b * positions + i) * w_q->k, size), w_q->k, rows, w_q, width, stage);
-    for (ptrdiff_t e = 0; e < width; e += FB_BLOCK)
-        fb_matmul(k, &(fb_product){
+    const fb_left x = fb_stage(tier, fb_at(a->x, (b * positions + i) * w_q->k, size), w_q->k, rows, w_q, width, stage);
+    for (ptrdiff_t e = 0; e < width; e += FB_CHAIN)
+        fb_matmul(tier, &(fb_product){
             .a = x.at,
             .a_row = x.row,
             .bias = b_q ? fb_at(b_q, e, size) : NULL,
-            .c = fb_at(queries, e * rows / FB_BLOCK * FB_ROW, size),
+            .c = fb_at(queries, e * rows / FB_CHAIN * FB_ROW, size),
             .c_row = FB_ROW,
             .rows = rows,
-            .cols = fb_min(FB_BLOCK, width - e),
+            .cols = fb_min(FB_CHAIN, width - e),
             .first_col = e,
             .shift = x.shift,
             .lowered = lowered,
         }, w_q, FB_FINISH);
-    const fb_left left = fb_fit(k, (fb_left){queries, FB_ROW, 0}, rows, &t->packed[b], queries);
-    fb_matmul(k, &(fb_product){
+    const fb_left left = fb_fit(tier, (fb_left){queries, FB_ROW, 0}, rows, &t->packed[b], queries);
+    fb_matmul(tier, &(fb_product){
         .a = queries,
         .a_row = FB_ROW,
         .shift = left.shift,
@@ -115,10 +115,10 @@ static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_aren
         .wanted = a->causal ? count : NULL,
     }, &t->packed[b], FB_SUMS);
     if (allowed == positions) {
-        k->softmax(scores, t->scores_row, out, positions, rows, positions, count, ends, t->scale, a->stream);
+        tier->softmax(scores, t->scores_row, out, positions, rows, positions, count, ends, t->scale, a->stream);
         return arena.used;
     }
-    k->softmax(scores, t->scores_row, scores, t->scores_row, rows, allowed, count, ends, t->scale, 0);
+    tier->softmax(scores, t->scores_row, scores, t->scores_row, rows, allowed, count, ends, t->scale, 0);
     memset(out, 0, (size_t)(rows * positions * size));
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t j = 0; j < count[r]; j++)
@@ -140,30 +140,30 @@ static ptrdiff_t weigh_part(const void *job, fb_arena arena, int part, int parts
 ptrdiff_t fb_attend(const void *attending, fb_arena arena)
 {
     const fb_attending *a = attending;
-    const struct fb_kernels *k = a->k;
+    const fb_tier *tier = a->tier;
     const fb_params *params = a->params;
     const ptrdiff_t batch = a->batch, positions = a->positions, rows = batch * positions;
-    const ptrdiff_t width = params->w_q.n, features = params->w_q.k, padded = fb_round_up(positions, k->panel);
+    const ptrdiff_t width = params->w_q.n, features = params->w_q.k, padded = fb_round_up(positions, tier->panel);
     if (rows == 0)
         return arena.used;
     const double root = 1.0 / sqrt((double)width);
     const double work = (double)rows * ((double)positions * (double)(width + 32) + 2.0 * (double)width * (double)features);
     const int threads = fb_threads(arena, work, rows);
     attention_job t = {.a = a, .scale = params->dtype == FB_F32 ? (float)root : root};
-    t.scores_row = padded + k->panel; /* not a power of two: rows in different cache sets */
-    t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * k->size)), (rows + threads - 1) / threads));
-    t.tile = fb_min(t.tile, fb_stage_rows(k, t.tile, features));
+    t.scores_row = padded + tier->panel; /* not a power of two: rows in different cache sets */
+    t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * tier->size)), (rows + threads - 1) / threads));
+    t.tile = fb_min(t.tile, fb_stage_rows(tier, t.tile, features));
     t.tiles = (positions + t.tile - 1) / t.tile;
-    t.keys = fb_take(&arena, fb_bytes(rows, width, k->size));
+    t.keys = fb_take(&arena, fb_bytes(rows, width, tier->size));
     t.packed = fb_take(&arena, fb_bytes(batch, 1, sizeof *t.packed));
     t.key = fb_take(&arena, fb_bytes(rows, 1, sizeof *t.key));
     t.ends = fb_take(&arena, fb_bytes(batch, blocks_of(positions), sizeof *t.ends));
-    char *panels = fb_take(&arena, fb_bytes(batch * padded, width, k->size));
+    char *panels = fb_take(&arena, fb_bytes(batch * padded, width, tier->size));
     for (ptrdiff_t b = 0; arena.memory && b < batch; b++)
-        t.packed[b] = (fb_panels){.data = fb_at(panels, b * padded * width, k->size), .k = width};
+        t.packed[b] = (fb_panels){.data = fb_at(panels, b * padded * width, tier->size), .k = width};
     /* 1. keys */
     ptrdiff_t used = fb_project_rows(&(fb_projection){
-        .k = k, .x = a->x, .rows = rows, .w = &params->w_k, .bias = params->b_k, .ending = FB_FINISH, .out = t.keys,
+        .tier = tier, .x = a->x, .rows = rows, .w = &params->w_k, .bias = params->b_k, .ending = FB_FINISH, .out = t.keys,
     }, arena);
     /* 2. the allowed keys, packed */
     used = fb_max(used, fb_run(pack_part, &t, threads, (int)fb_min(threads, batch), arena));
@@ -174,11 +174,11 @@ ptrdiff_t fb_attend(const void *attending, fb_arena arena)
 fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
                                const uint8_t *key_mask, void *out)
 {
-    const struct fb_kernels *k = fb_kernels_in_use(params->dtype);
-    if (!k)
+    const fb_tier *tier = fb_tier_in_use(params->dtype);
+    if (!tier)
         return FB_NO_TIER;
     return fb_call(fb_attend, &(fb_attending){
-        .k = k, .params = params, .batch = batch, .positions = positions, .x = x, .causal = causal, .key_mask = key_mask,
-        .out = out, .stream = batch * positions * positions * k->size >= STREAMED,
+        .tier = tier, .params = params, .batch = batch, .positions = positions, .x = x, .causal = causal, .key_mask = key_mask,
+        .out = out, .stream = batch * positions * positions * tier->size >= STREAMED,
     });
 }

@@ -178,4 +178,15 @@ FB_INLINE void fb_fp_forget_subnormals(void) {}
 FB_INLINE int fb_fp_met_subnormals(void) { return 0; }
 #endif
 
+FB_INLINE ptrdiff_t fb_min(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+FB_INLINE ptrdiff_t fb_max(ptrdiff_t a, ptrdiff_t b) { return a > b ? a : b; }
+/* n dealt out evenly in pieces of at most `most`: the size of a piece. */
+FB_INLINE ptrdiff_t fb_even(ptrdiff_t n, ptrdiff_t most)
+{
+    const ptrdiff_t pieces = (n + most - 1) / most;
+    return n <= most ? n : (n + pieces - 1) / pieces;
+}
+FB_INLINE ptrdiff_t fb_round_up(ptrdiff_t n, ptrdiff_t to) { return (n + to - 1) & -to; } /* to: a power of two */
+FB_INLINE void *fb_at(const void *base, ptrdiff_t elements, ptrdiff_t size) { return (char *)base + elements * size; }
+
 #endif

@@ -5,7 +5,7 @@
  * is no quota: a wrong count costs time only.
  */
 #define _GNU_SOURCE /* sched_getaffinity, getline, strsep */
-#include "fb_kernels.h"
+#include "fb_internal.h"
 
 #ifdef __linux__
 #include <sched.h>

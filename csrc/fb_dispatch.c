@@ -1,5 +1,5 @@
 /* fb_dispatch.c - which tier this CPU runs. The only file that knows more than one tier. */
-#include "fb_kernels.h"
+#include "fb_internal.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -8,7 +8,7 @@
 #define FB_TIER_ROW(tier) {#tier, fb_kernels_##tier},
 static const struct {
     const char *name;
-    const struct fb_kernels *const *kernels;
+    const fb_tier *const *kernels;
 } tiers[] = {FB_TIERS(FB_TIER_ROW)};
 #undef FB_TIER_ROW
 enum { TIERS = sizeof tiers / sizeof *tiers };
@@ -65,7 +65,7 @@ int fb_use_isa(int i)
     return 1;
 }
 
-const struct fb_kernels *fb_kernels_in_use(fb_dtype dtype)
+const fb_tier *fb_tier_in_use(fb_dtype dtype)
 {
     const int i = fb_isa();
     return i < 0 ? NULL : tiers[i].kernels[dtype];
@@ -74,29 +74,29 @@ const struct fb_kernels *fb_kernels_in_use(fb_dtype dtype)
 fb_status fb_fma(fb_dtype dtype, const void *a, const void *b, const void *c, void *out, ptrdiff_t n)
 {
     const fb_fp_mode mode = fb_fp_enter();
-    const struct fb_kernels *k = fb_kernels_in_use(dtype);
-    if (k)
-        k->fma(a, b, c, out, n);
+    const fb_tier *tier = fb_tier_in_use(dtype);
+    if (tier)
+        tier->fma(a, b, c, out, n);
     fb_fp_leave(mode);
-    return k ? FB_OK : FB_NO_TIER;
+    return tier ? FB_OK : FB_NO_TIER;
 }
 
 fb_status fb_exp(fb_dtype dtype, const void *x, void *out, ptrdiff_t n)
 {
     const fb_fp_mode mode = fb_fp_enter();
-    const struct fb_kernels *k = fb_kernels_in_use(dtype);
-    if (k)
-        k->exp(x, out, n);
+    const fb_tier *tier = fb_tier_in_use(dtype);
+    if (tier)
+        tier->exp(x, out, n);
     fb_fp_leave(mode);
-    return k ? FB_OK : FB_NO_TIER;
+    return tier ? FB_OK : FB_NO_TIER;
 }
 
 fb_status fb_fma_chains(fb_dtype dtype, ptrdiff_t rounds, int loop, double *flops)
 {
     const fb_fp_mode mode = fb_fp_enter();
-    const struct fb_kernels *k = fb_kernels_in_use(dtype);
-    if (k)
-        k->fma_chains(rounds, loop, flops);
+    const fb_tier *tier = fb_tier_in_use(dtype);
+    if (tier)
+        tier->fma_chains(rounds, loop, flops);
     fb_fp_leave(mode);
-    return k ? FB_OK : FB_NO_TIER;
+    return tier ? FB_OK : FB_NO_TIER;
 }

@@ -1,7 +1,7 @@
 /* fb_kernels_avx512.c - the kernels compiled for AVX-512F. */
 #include <math.h>
 #include <string.h>
-#include "fb_kernels.h"
+#include "fb_tier.h"
 
 #if FB_X86
 #include <immintrin.h>
@@ -22,7 +22,7 @@
 #elif defined(__GNUC__)
 #pragma GCC pop_options
 #endif
-const struct fb_kernels *const fb_kernels_avx512[2] = {&fb_kernels_f32_avx512, &fb_kernels_f64_avx512};
+const fb_tier *const fb_kernels_avx512[2] = {&fb_kernels_f32_avx512, &fb_kernels_f64_avx512};
 #else
-const struct fb_kernels *const fb_kernels_avx512[2] = {NULL, NULL};
+const fb_tier *const fb_kernels_avx512[2] = {NULL, NULL};
 #endif

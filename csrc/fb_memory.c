@@ -4,7 +4,7 @@
  * buffer, in less time than malloc, a call that finds the buffer in use from malloc.
  */
 #define _DEFAULT_SOURCE /* posix_memalign, madvise */
-#include "fb_kernels.h"
+#include "fb_internal.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -104,7 +104,7 @@ fb_status fb_call(fb_operation *operation, const void *arguments)
     fb_calling call = {0}, *const outer = calling; /* a check may call in turn */
     static FB_ALIGNED(64) char small[SMALL];
     static atomic_flag in_use = ATOMIC_FLAG_INIT; /* a child forked in the meantime goes without */
-    if (!*(const struct fb_kernels *const *)arguments)
+    if (!*(const fb_tier *const *)arguments)
         return FB_NO_TIER;
     const fb_fp_mode mode = fb_fp_enter();
     fb_arena arena = {.threads = fb_get_num_threads()};

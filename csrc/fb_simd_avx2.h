@@ -174,7 +174,7 @@ FB_INLINE void fb_f32_transpose(fb_f32_vec *v)
 #define FB_OWN_FIRST
 #define FB_OWN_STREAM
 #define FB_OWN_TRANSPOSE
-#define FB_LANES_BITS 32
+#define FB_BITS 32
 #include "fb_simd_lanes.h"
 
 /* ---- float64 */
@@ -248,7 +248,7 @@ FB_INLINE void fb_f64_transpose(fb_f64_vec *v)
 #define FB_OWN_FIRST
 #define FB_OWN_STREAM
 #define FB_OWN_TRANSPOSE
-#define FB_LANES_BITS 64
+#define FB_BITS 64
 #include "fb_simd_lanes.h"
 
 /* ---- for exp in float32, from t = k + 1.5 * 2**23: table[k % 8], and v * 2**(k / 8 rounded down), no subnormals;

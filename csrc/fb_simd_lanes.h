@@ -1,19 +1,9 @@
 /* fb_simd_lanes.h - vector operations for which a tier has no instructions of its own, lane by lane.
  *
- * An fb_simd_*.h includes this behind the operations of each dtype, with FB_LANES_BITS 32 or 64. What it has defined
+ * An fb_simd_*.h includes this behind the operations of each dtype, with FB_BITS 32 or 64. What it has defined
  * itself, it names: FB_OWN_SPLATS, FB_OWN_FIRST, FB_OWN_STREAM, FB_OWN_TRANSPOSE, FB_OWN_END.
  */
-#if FB_LANES_BITS == 32
-#define REAL float
-#define VEC fb_f32_vec
-#define LANES FB_F32_LANES
-#define V(operation) FB_CAT(fb_f32_, operation)
-#else
-#define REAL double
-#define VEC fb_f64_vec
-#define LANES FB_F64_LANES
-#define V(operation) FB_CAT(fb_f64_, operation)
-#endif
+#include "fb_real_begin.h"
 
 #ifndef FB_OWN_SPLATS
 /* v[i] = p[i] in all lanes, i < 4 */
@@ -83,11 +73,7 @@ FB_INLINE void V(end)(const int n, VEC *s, int relu)
 }
 #endif
 
-#undef REAL
-#undef VEC
-#undef LANES
-#undef V
-#undef FB_LANES_BITS
+#include "fb_real_end.h"
 #undef FB_OWN_SPLATS
 #undef FB_OWN_FIRST
 #undef FB_OWN_STREAM

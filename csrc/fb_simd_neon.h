@@ -61,7 +61,7 @@ FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *va
         offset[n] = (uint16_t)((first + i) * 64);
     }
 }
-#define FB_LANES_BITS 32
+#define FB_BITS 32
 #include "fb_simd_lanes.h"
 
 /* ---- float64 */
@@ -101,7 +101,7 @@ FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *v
         offset[n] = (uint16_t)((first + i) * 64);
     }
 }
-#define FB_LANES_BITS 64
+#define FB_BITS 64
 #include "fb_simd_lanes.h"
 
 /* ---- for exp in float32, from t = k + 1.5 * 2**23: table[k % 8], and v * 2**(k / 8 rounded down), no subnormals;

@@ -7,7 +7,7 @@
  * child begins with an empty pool.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
-#include "fb_kernels.h"
+#include "fb_internal.h"
 
 #include <errno.h>
 #include <math.h>

@@ -65,7 +65,7 @@ cdef extern from *:
     int PyErr_CheckSignals()  # declared without its exception: it is to stay set until the call has ended
     unsigned long PyThread_get_thread_ident() noexcept nogil
 
-cdef extern from "fb_kernels.h" nogil:
+cdef extern from "fb_internal.h" nogil:
     int fb_quota_cpus(const char *root)
 
 _nothing = type("nothing", (), {})()  # "got nothing"

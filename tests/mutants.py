@@ -31,13 +31,115 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 # those that kill soon first
-TESTS = ["exp", "block", "bad_input", "skipping", "exact", "threads", "invariance", "excluded_keys", "memory", "subnormal"]
+TESTS = [
+    "exp",
+    "block",
+    "bad_input",
+    "skipping",
+    "exact",
+    "threads",
+    "invariance",
+    "excluded_keys",
+    "memory",
+    "subnormal",
+]
 FLAGS = ["-O1", "-std=gnu11", "-fvisibility=hidden", "-pthread", "-fPIC", "-ffp-contract=off", "-w"]
 FLAGS += ["-DNPY_NO_DEPRECATED_API=NPY_1_7_API_VERSION"]
 TIMEOUT = 400  # seconds of the tests; a mutant that takes longer hangs
 
 MUTANTS = {  # file: (name, old text, new text)
-    "csrc/fb_kernels_template.h": [
+    "csrc/fb_attention.c": [
+        ("causal: a position does not see itself", "key[seen] <= i + r", "key[seen] < i + r"),
+        ("masked keys move the blocks", "if (j % FB_CHAIN == FB_CHAIN - 1)", "if (n % FB_CHAIN == FB_CHAIN - 1 && 0)"),
+        ("the scale is rounded once", "params->dtype == FB_F32 ? (float)root : root", "root * (1 + 0x1p-40)"),
+        ("b_q of the first block for all", "b_q ? fb_at(b_q, e, size) : NULL", "b_q"),
+        ("one mask for the whole batch", "a->key_mask ? a->key_mask + b * positions : NULL", "a->key_mask"),
+        ("masked weights are left as they were", "memset(out, 0, (size_t)(rows * positions * size));", "(void)out;"),
+        (
+            "ends of the first batch item",
+            "t->ends + b * blocks_of(positions);\n    const ptrdiff_t allowed",
+            "t->ends;\n    const ptrdiff_t allowed",
+        ),
+        (
+            "only the first part of the keys is packed",
+            "b < t->a->batch; b += parts)",
+            "b < t->a->batch; b += parts + (parts > 1))",
+        ),
+    ],
+    "csrc/fb_base.h": [
+        ("subnormals read as zero are not noticed", "FB_MXCSR_MODE 0xffc0u", "FB_MXCSR_MODE 0xff80u"),
+        ("the mode is not set back", "        _mm_setcsr(old);", "        (void)old;"),
+    ],
+    "csrc/fb_block.c": [
+        (
+            "small blocks share their weights",
+            "mixing.a = fb_at(t->weights, b * t->weights_batch, tier->size);",
+            "mixing.a = t->weights;",
+        ),
+        ("a block of a few numbers without relu", ".depth = features, .relu = 1};", ".depth = features, .relu = 0};"),
+        (
+            "one positions too many for a small block",
+            "t->positions <= SMALL_POSITIONS &&",
+            "t->positions <= SMALL_POSITIONS + 1 &&",
+        ),
+        (
+            "key_mask of the first step for all",
+            "part.key_mask = t->key_mask ? t->key_mask + b * positions : NULL;",
+            "part.key_mask = t->key_mask;",
+        ),
+        ("x of the first step for all", "part.x = fb_at(t->x, b * t->x_batch, size);", "part.x = t->x;"),
+        (
+            "mixing with the key_mask of the first batch item",
+            ".key_mask = t->key_mask ? t->key_mask + b * t->positions : NULL,",
+            ".key_mask = t->key_mask,",
+        ),
+        (
+            "mixing without key_mask",
+            ".key_mask = t->key_mask ? t->key_mask + b * t->positions : NULL,",
+            ".key_mask = NULL,",
+        ),
+        ("mixing is never causal", ".causal = t->causal,\n    };", ".causal = 0,\n    };"),
+        (
+            "a tile crosses into the next batch item",
+            "fb_min(fb_min(plan->tile, t->positions - row % t->positions), end - row)",
+            "fb_min(plan->tile, end - row)",
+        ),
+        ("small blocks share the key_mask", "t->key_mask[b * positions + j]", "t->key_mask[j]"),
+        ("small blocks are never causal", "mixing.depth = t->causal ? i + 1 : positions;", "mixing.depth = positions;"),
+        (
+            "few rows: one row of z too low",
+            "fb_at(z, row * plan.z_row, tier->size)",
+            "fb_at(z, row / 2 * plan.z_row, tier->size)",
+        ),
+    ],
+    "csrc/fb_dispatch.c": [
+        ("a tier that is not there is used", "    if (!fb_isa_usable(i))\n        return 0;\n", ""),
+    ],
+    "csrc/fb_feed_forward.c": [
+        ("block sums of hidden units replace each other", ".first = f == 0,", ".first = 1,"),
+        ("no hidden unit, no bias", "ptrdiff_t f = 0;\n    do { /*", "ptrdiff_t f = 0;\n    if (params->w1.n) do { /*"),
+        ("b2 of the first columns for all", "params->b2 ? fb_at(params->b2, first, tier->size) : NULL", "params->b2"),
+        ("b1 of the first units for all", "b1 ? fb_at(b1, f, tier->size) : NULL", "b1"),
+        (
+            "columns: hidden units of another block",
+            "f / FB_CHAIN * rows * FB_ROW + f % FB_CHAIN",
+            "f / FB_CHAIN * rows * FB_ROW",
+        ),
+    ],
+    "csrc/fb_internal.h": [
+        (
+            "the last part has whole panels",
+            "fb_min(panels * (part + 1) / parts * tier->panel, cols) - *first",
+            "panels * (part + 1) / parts * tier->panel - *first",
+        ),
+        (
+            "pieces of memory overlap",
+            "arena->used + fb_round_up(bytes, 64), FB_MOST_BYTES",
+            "arena->used + fb_round_up(bytes, 64) / 2 / 64 * 64, FB_MOST_BYTES",
+        ),
+        ("a size overflows", "(double)rows * (double)cols * (double)size < (double)FB_MOST_BYTES ?", "1 ?"),
+    ],
+    "csrc/fb_kernel_copy.h": [
         (
             "copy leaves out the last element",
             "for (; j < n; j++)\n            to[j] = from[j];",
@@ -45,14 +147,57 @@ MUTANTS = {  # file: (name, old text, new text)
         ),
         (
             "pack_rows finds everything finite",
-            "if (lane[i] != 0)\n            return 0;\n    return 1;\n}\n\n/* ---- product:",
-            "if (lane[i] != 0)\n            return 1;\n    return 1;\n}\n\n/* ---- product:",
+            "if (lane[i] != 0)\n            return 0;\n    return 1;\n}\n",
+            "if (lane[i] != 0)\n            return 1;\n    return 1;\n}\n",
         ),
         (
             "pack_rows looks at the last row only",
             "sum[v] = V(add)(sum[v], V(mul)(x, V(zero)()));",
             "sum[v] = V(mul)(x, V(zero)());",
         ),
+        ("pack_rows keeps the keys of the first rows", "keep && !keep[k + i]", "keep && !keep[i]"),
+    ],
+    "csrc/fb_kernel_exp.h": [
+        ("exp loses NaN", "V(max)(V(splat)(range), x)", "V(max)(x, V(splat)(range))"),
+        (
+            "exp, float32: subnormal results are zero",
+            "static const float range[] = {-150, 130};",
+            "static const float range[] = {-103, 130};",
+        ),
+        (
+            "exp, float32: no overflow",
+            "static const float range[] = {-150, 130};",
+            "static const float range[] = {-150, 88.7f};",
+        ),
+        ("exp, float32: a coefficient", "0x1.1111111c478ebp-7", "0x1.1111113c478ebp-7"),
+        ("exp, float32: the quick path trusts itself too much", "error = 0x1.4p-33f", "error = 0x1.4p-36f"),
+        (
+            "exp, float32: every second vector is trusted",
+            "pair ? V(add)(unsure[i], unsure[i + 1]) : unsure[i]",
+            "unsure[i]",
+        ),
+        (
+            "exp, float32: the power's rest",
+            "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0736c4p-14f",
+            "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0738c4p-14f",
+        ),
+        (
+            "exp, float64: the smallest results are zero",
+            "static const double range[] = {-746, 710};",
+            "static const double range[] = {-745, 710};",
+        ),
+        (
+            "exp, float64: a coefficient",
+            "0x1.5555555555556p-3,  0x1p-1};\n    static const double range[] = {-746, 710};",
+            "0x1.5555555555557p-3,  0x1p-1};\n    static const double range[] = {-746, 710};",
+        ),
+        (
+            "exp, float64: scaled at once",
+            "x[i] = V(mul)(V(mul)(p, V(pow2)(t_first)), V(pow2)(t_second));",
+            "x[i] = V(mul)(p, V(mul)(V(pow2)(t_first), V(pow2)(t_second)));",
+        ),
+    ],
+    "csrc/fb_kernel_product.h": [
         ("results lie as far apart as totals", "g->last ? g->c_row : g->t_row", "g->t_row"),
         (
             "totals of the first block are added",
@@ -114,6 +259,86 @@ MUTANTS = {  # file: (name, old text, new text)
             "g->wanted[i + rows - 1] <= g->first_col + p1 * PANEL - PANEL",
         ),
         ("rows that skip are staged one short", "range[t][1] - range[t][0],\n", "range[t][1] - range[t][0] - 1,\n"),
+        ("small: not canonical", "s = V(canonical)(V(add)(s, bias));", "s = V(add)(s, bias);"),
+        (
+            "small: rounds twice",
+            "s = V(fma)(V(splat)(a + k), V(load_first)(b, cols), s);",
+            "s = V(add)(V(mul)(V(splat)(a + k), V(load_first)(b, cols)), s);",
+        ),
+        ("small: the last row is written whole", "if (end - c >= LANES)", "if (end - c > 0)"),
+        ("keys that are not seen take part", "(int16_t)(g->depth - g->unseen)", "(int16_t)g->depth"),
+    ],
+    "csrc/fb_kernel_rows.h": [
+        (
+            "bias_relu: NaN in the rest keeps its bits",
+            "V(store_first)(out + whole, V(relu)(V(canonical)(v)), rest);",
+            "V(store_first)(out + whole, V(relu)(v), rest);",
+        ),
+        ("range: a negative number is large", "u = FN(bits)(x[j]) & ~SIGN;", "u = FN(bits)(x[j]);"),
+        ("touch leaves out the rest", "most[1] = V(max)(most[1], V(load_first)(x + j, n - j));", ";"),
+        (
+            "touch: three of four",
+            "V(max)(V(max)(most[0], most[1]), V(max)(most[2], most[3]))",
+            "V(max)(V(max)(most[0], most[1]), most[2])",
+        ),
+        (
+            "range: a zero is small",
+            "UINT u = FN(bits)(x[j]) & ~SIGN;\n            low = u - 1 < low",
+            "UINT u = FN(bits)(x[j]) & ~SIGN;\n            low = u < low",
+        ),
+        ("raise: the sign is lost", "size + more) | (u & SIGN)", "size + more) | 0"),
+        ("raise: subnormal numbers as if they were normal", "size < normal ? raised : size + more", "size + more"),
+        ("raise: the smallest normal number as if it were not", "size < normal ? raised", "size <= normal ? raised"),
+        (
+            "softmax: the last score is no maximum",
+            "for (; j < n; j++)\n        lane[0] = lane[0] > s[j]",
+            "for (; j + 1 < n; j++)\n        lane[0] = lane[0] > s[j]",
+        ),
+        (
+            "softmax: a lane is no maximum",
+            "for (int i = 1; i < LANES; i++)\n        lane[0] = lane[0] > lane[i]",
+            "for (int i = 2; i < LANES; i++)\n        lane[0] = lane[0] > lane[i]",
+        ),
+        (
+            "softmax: the last of a row is not summed",
+            "for (int i = 0; i < n - j; i++)\n                    sum",
+            "for (int i = 0; i < n - j - 1; i++)\n                    sum",
+        ),
+        (
+            "softmax: blocks end at whole chunks only",
+            "j1 = fb_min(fb_min(j0 + CHUNK, *block_end), longest);",
+            "j1 = fb_min(j0 + CHUNK, longest);",
+        ),
+        (
+            "softmax: one block",
+            "sum[q] = V(add)(sum[q], block[q]);\n                    block[q] = V(zero)();",
+            "(void)block;",
+        ),
+        ("softmax: a block is counted twice", "                    block[q] = V(zero)();\n", ""),
+        (
+            "softmax: scores behind a row's end are summed",
+            "for (ptrdiff_t j = fb_max(end, j0); j < j1; j++)\n                    s_row[j] = 0;",
+            "for (ptrdiff_t j = fb_max(end, j0) + 1; j < j1; j++)\n                    s_row[j] = 0;",
+        ),
+        (
+            "softmax: NaN as it comes",
+            "V(store_first)(out + j, V(canonical)(inverse), fb_min(LANES, n - j));",
+            "V(store_first)(out + j, inverse, fb_min(LANES, n - j));",
+        ),
+        ("softmax: what follows NaN stays", "memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));", "(void)width;"),
+        (
+            "softmax: weights repeat behind the last",
+            "for (; j + LANES <= width; j += LANES, v = V(zero)())",
+            "for (; j + LANES <= width; j += LANES)",
+        ),
+        (
+            "softmax: the end of a row is not written",
+            "    if (j < width)\n        V(store_first)(out + j, v, width - j);",
+            "    if (j < width && 0)\n        V(store_first)(out + j, v, width - j);",
+        ),
+        ("softmax: streams to any address", "stream && (uintptr_t)out % 16 == 0", "stream"),
+    ],
+    "csrc/fb_kernel_sparse.h": [
         (
             "compress leaves out the last element",
             "for (; k < end; k++) {\n                const REAL x = a[k];",
@@ -163,8 +388,7 @@ MUTANTS = {  # file: (name, old text, new text)
         (
             "sparse: no bias in the last panel",
             "const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;\n    const uint16_t",
-            "const REAL *bias = g->bias && left >= PANEL ? (const REAL *)g->bias + p * PANEL : NULL;\n"
-            "    const uint16_t",
+            "const REAL *bias = g->bias && left >= PANEL ? (const REAL *)g->bias + p * PANEL : NULL;\n    const uint16_t",
         ),
         (
             "rows: round twice",
@@ -181,113 +405,66 @@ MUTANTS = {  # file: (name, old text, new text)
             "        else\n            FN(meet_rows)(0, g,",
             "        else if (0)\n            FN(meet_rows)(0, g,",
         ),
-        ("small: not canonical", "s = V(canonical)(V(add)(s, bias));", "s = V(add)(s, bias);"),
+    ],
+    "csrc/fb_linear.c": [
         (
-            "small: rounds twice",
-            "s = V(fma)(V(splat)(a + k), V(load_first)(b, cols), s);",
-            "s = V(add)(V(mul)(V(splat)(a + k), V(load_first)(b, cols)), s);",
+            "a staged block is cut short",
+            "fb_min(FB_CHAIN, b->k - k0),\n                    fb_at(stage,",
+            "fb_min(FB_CHAIN, b->k - k0) - (b->k > 512),\n                    fb_at(stage,",
         ),
-        ("small: the last row is written whole", "if (end - c >= LANES)", "if (end - c > 0)"),
+        ("a chain without blocks", "g.first = k0 == 0;", "g.first = k0 <= FB_CHAIN;"),
+        ("an empty sum is not written", "} while (k0 < b->k);", "} while (k0 + g.depth < b->k);"),
+        ("a part has no bias of its own", ".bias = p->bias ? fb_at(p->bias, first, size) : NULL,", ".bias = p->bias,"),
+    ],
+    "csrc/fb_memory.c": [
+        ("an overflow is not seen", "rows > PTRDIFF_MAX / 2 / size / cols", "rows > PTRDIFF_MAX / 2 / size"),
         (
-            "bias_relu: NaN in the rest keeps its bits",
-            "V(store_first)(out + whole, V(relu)(V(canonical)(v)), rest);",
-            "V(store_first)(out + whole, V(relu)(v), rest);",
-        ),
-        ("range: a negative number is large", "u = FN(bits)(x[j]) & ~SIGN;", "u = FN(bits)(x[j]);"),
-        ("touch leaves out the rest", "most[1] = V(max)(most[1], V(load_first)(x + j, n - j));", ";"),
-        ("touch: three of four", "V(max)(V(max)(most[0], most[1]), V(max)(most[2], most[3]))", "V(max)(V(max)(most[0], most[1]), most[2])"),
-        ("range: a zero is small", "UINT u = FN(bits)(x[j]) & ~SIGN;\n            low = u - 1 < low", "UINT u = FN(bits)(x[j]) & ~SIGN;\n            low = u < low"),
-        ("raise: the sign is lost", "size + more) | (u & SIGN)", "size + more) | 0"),
-        ("raise: subnormal numbers as if they were normal", "size < normal ? raised : size + more", "size + more"),
-        ("raise: the smallest normal number as if it were not", "size < normal ? raised", "size <= normal ? raised"),
-        ("exp loses NaN", "V(max)(V(splat)(range), x)", "V(max)(x, V(splat)(range))"),
-        (
-            "exp, float32: subnormal results are zero",
-            "static const float range[] = {-150, 130};",
-            "static const float range[] = {-103, 130};",
+            "two callers share the small buffer",
+            "bytes <= SMALL && !atomic_flag_test_and_set_explicit(&in_use, memory_order_acquire)",
+            "bytes <= SMALL && (atomic_flag_test_and_set_explicit(&in_use, memory_order_acquire), 1)",
         ),
         (
-            "exp, float32: no overflow",
-            "static const float range[] = {-150, 130};",
-            "static const float range[] = {-150, 88.7f};",
+            "an operation works in the caller's mode",
+            "const fb_fp_mode mode = fb_fp_enter();\n    fb_arena arena",
+            "const fb_fp_mode mode = fb_fp_enter();\n    fb_fp_leave(mode);\n    fb_arena arena",
         ),
-        ("exp, float32: a coefficient", "0x1.1111111c478ebp-7", "0x1.1111113c478ebp-7"),
-        ("exp, float32: the quick path trusts itself too much", "error = 0x1.4p-33f", "error = 0x1.4p-36f"),
+        ("memory that cannot be had is not missed", "return !arena.memory ? FB_NO_MEMORY : atomic", "return atomic"),
+    ],
+    "csrc/fb_mix.c": [
+        ("mixing: the last block of two", ".last = k0 + FB_CHAIN >= positions,", ".last = k0 + FB_CHAIN > positions,"),
+        ("mixing: one x for the whole batch", "m.x = fb_at(t->x, b * t->x_batch, size);", "m.x = t->x;"),
         (
-            "exp, float32: every second vector is trusted",
-            "pair ? V(add)(unsure[i], unsure[i + 1]) : unsure[i]",
-            "unsure[i]",
+            "mixing: wide features start anew",
+            "fb_at(m->x, k0 * features + j, size), features,",
+            "fb_at(m->x, k0 * features, size), features,",
         ),
+        ("mixing: the key_mask of the first block for all", "m->key_mask ? m->key_mask + k0 : NULL", "m->key_mask"),
+        ("mixing: later keys count where they are not finite", "if (m->causal && !block->finite) {", "if (0) {"),
+        ("mixing: the first key of a later block counts", "g.depth - fb_max(0, seen)", "g.depth - fb_max(1, seen)"),
         (
-            "exp, float32: the power's rest",
-            "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0736c4p-14f",
-            "-0x1.ca89aap-15f, 0x1.b1d272p-17f,\n        0, -0x1.0738c4p-14f",
-        ),
-        (
-            "exp, float64: the smallest results are zero",
-            "static const double range[] = {-746, 710};",
-            "static const double range[] = {-745, 710};",
-        ),
-        (
-            "exp, float64: a coefficient",
-            "0x1.5555555555556p-3,  0x1p-1};\n    static const double range[] = {-746, 710};",
-            "0x1.5555555555557p-3,  0x1p-1};\n    static const double range[] = {-746, 710};",
+            "mixing: a position does not see itself",
+            "product_causal(tier, &g, first_row + i + 1 - k0);",
+            "product_causal(tier, &g, first_row + i - k0);",
         ),
         (
-            "exp, float64: scaled at once",
-            "x[i] = V(mul)(V(mul)(p, V(pow2)(t_first)), V(pow2)(t_second));",
-            "x[i] = V(mul)(p, V(mul)(V(pow2)(t_first), V(pow2)(t_second)));",
+            "mixing: parts see what the first part sees",
+            "product_causal(tier, &g, first_row + i + 1 - k0);",
+            "product_causal(tier, &g, i + 1 - k0);",
         ),
+    ],
+    "csrc/fb_packed.c": [
         (
-            "softmax: the last score is no maximum",
-            "for (; j < n; j++)\n        lane[0] = lane[0] > s[j]",
-            "for (; j + 1 < n; j++)\n        lane[0] = lane[0] > s[j]",
+            "rows of the last block come from elsewhere",
+            "fb_at(panels->data, k0 * n + j * depth, size)",
+            "fb_at(panels->data, k0 * n + j * FB_CHAIN, size)",
         ),
+        ("weights are not looked at", "        fb_look_at_panels(tier, out);\n", "        out->finite = 1;\n"),
+        ("scaled weights are read as they are", "if (panels->shift)", "if (0)"),
         (
-            "softmax: a lane is no maximum",
-            "for (int i = 1; i < LANES; i++)\n        lane[0] = lane[0] > lane[i]",
-            "for (int i = 2; i < LANES; i++)\n        lane[0] = lane[0] > lane[i]",
+            "scaled weights are read in the caller's mode",
+            "const fb_fp_mode mode = fb_fp_enter();\n        for",
+            "const fb_fp_mode mode = FB_MXCSR_DEFAULT;\n        for",
         ),
-        (
-            "softmax: the last of a row is not summed",
-            "for (int i = 0; i < n - j; i++)\n                    sum",
-            "for (int i = 0; i < n - j - 1; i++)\n                    sum",
-        ),
-        (
-            "softmax: blocks end at whole chunks only",
-            "j1 = fb_min(fb_min(j0 + CHUNK, *block_end), longest);",
-            "j1 = fb_min(j0 + CHUNK, longest);",
-        ),
-        (
-            "softmax: one block",
-            "sum[q] = V(add)(sum[q], block[q]);\n                    block[q] = V(zero)();",
-            "(void)block;",
-        ),
-        ("softmax: a block is counted twice", "                    block[q] = V(zero)();\n", ""),
-        (
-            "softmax: scores behind a row's end are summed",
-            "for (ptrdiff_t j = fb_max(end, j0); j < j1; j++)\n                    s_row[j] = 0;",
-            "for (ptrdiff_t j = fb_max(end, j0) + 1; j < j1; j++)\n                    s_row[j] = 0;",
-        ),
-        (
-            "softmax: NaN as it comes",
-            "V(store_first)(out + j, V(canonical)(inverse), fb_min(LANES, n - j));",
-            "V(store_first)(out + j, inverse, fb_min(LANES, n - j));",
-        ),
-        ("softmax: what follows NaN stays", "memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));", "(void)width;"),
-        (
-            "softmax: weights repeat behind the last",
-            "for (; j + LANES <= width; j += LANES, v = V(zero)())",
-            "for (; j + LANES <= width; j += LANES)",
-        ),
-        (
-            "softmax: the end of a row is not written",
-            "    if (j < width)\n        V(store_first)(out + j, v, width - j);",
-            "    if (j < width && 0)\n        V(store_first)(out + j, v, width - j);",
-        ),
-        ("softmax: streams to any address", "stream && (uintptr_t)out % 16 == 0", "stream"),
-        ("pack_rows keeps the keys of the first rows", "keep && !keep[k + i]", "keep && !keep[i]"),
-        ("keys that are not seen take part", "(int16_t)(g->depth - g->unseen)", "(int16_t)g->depth"),
     ],
     "csrc/fb_simd_avx2.h": [
         ("avx2: -0.0 is canonical", "    v = _mm256_add_ps(v, _mm256_setzero_ps());\n", ""),
@@ -343,16 +520,22 @@ MUTANTS = {  # file: (name, old text, new text)
             "_mm_stream_pd(p + 2, _mm256_extractf128_pd(v, 0));",
         ),
     ],
-    "csrc/fb_simd_lanes.h": [
-        ("a tile is not made canonical", "        s[i] = V(canonical)(s[i]);", "        s[i] = s[i];"),
-        ("relu of a tile loses NaN", "            s[i] = V(relu)(s[i]);", "            s[i] = V(max)(s[i], V(zero)());"),
-    ],
     "csrc/fb_simd_avx512.h": [
-        ("avx512: a tile keeps -0.0, float32", "{0x7fc00000, 0x11111800, 0x18181800}", "{0x7fc00000, 0x11111100, 0x18181800}"),
-        ("avx512: relu keeps what is negative, float64", "{0x7ff8000000000000, 0x11111800, 0x18181800}",
-         "{0x7ff8000000000000, 0x11111800, 0x11181800}"),
-        ("avx512: a tile keeps NaN's bits, float64", "{0x7ff8000000000000, 0x11111800, 0x18181800}",
-         "{0x7ff8000000000000, 0x11111811, 0x18181800}"),
+        (
+            "avx512: a tile keeps -0.0, float32",
+            "{0x7fc00000, 0x11111800, 0x18181800}",
+            "{0x7fc00000, 0x11111100, 0x18181800}",
+        ),
+        (
+            "avx512: relu keeps what is negative, float64",
+            "{0x7ff8000000000000, 0x11111800, 0x18181800}",
+            "{0x7ff8000000000000, 0x11111800, 0x11181800}",
+        ),
+        (
+            "avx512: a tile keeps NaN's bits, float64",
+            "{0x7ff8000000000000, 0x11111800, 0x18181800}",
+            "{0x7ff8000000000000, 0x11111811, 0x18181800}",
+        ),
         ("avx512: another NaN, float32", "_mm512_set1_epi32(0x7fc00000)", "_mm512_set1_epi32(0xffc00000)"),
         (
             "avx512: relu of NaN is 0, float64",
@@ -380,6 +563,14 @@ MUTANTS = {  # file: (name, old text, new text)
             "_mm512_set_epi64(7, 6, 5, 5, 3, 2, 1, 0)",
         ),
     ],
+    "csrc/fb_simd_lanes.h": [
+        ("a tile is not made canonical", "        s[i] = V(canonical)(s[i]);", "        s[i] = s[i];"),
+        (
+            "relu of a tile loses NaN",
+            "            s[i] = V(relu)(s[i]);",
+            "            s[i] = V(max)(s[i], V(zero)());",
+        ),
+    ],
     "csrc/fb_simd_portable.h": [
         ("portable: rounds to odd upwards", "u += (e > 0) == (s > 0) ? 1 : (uint64_t)-1;", "u += 1;"),
         ("portable: fma of float32 rounds twice", "return (float)fb_add_odd(product, c);", "return (float)sum;"),
@@ -399,38 +590,61 @@ MUTANTS = {  # file: (name, old text, new text)
             "FB_F32(a.lane[i] < b.lane[i] ? b.lane[i] : a.lane[i])",
         ),
     ],
-    "csrc/fb_pack.c": [
-        (
-            "rows of the last block come from elsewhere",
-            "fb_at(panels->data, k0 * n + j * depth, size)",
-            "fb_at(panels->data, k0 * n + j * FB_BLOCK, size)",
-        ),
-        ("weights are not looked at", "        fb_look_at_panels(kernels, out);\n", "        out->finite = 1;\n"),
-        ("scaled weights are read as they are", "if (panels->shift)", "if (0)"),
-        ("scaled weights are read in the caller's mode", "const fb_fp_mode mode = fb_fp_enter();\n        for", "const fb_fp_mode mode = FB_MXCSR_DEFAULT;\n        for"),
+    "csrc/fb_skip.c": [
+        ("zeros are skipped, whatever they meet", "if (!finite || fb_work_of(g)", "if (fb_work_of(g)"),
     ],
     "csrc/fb_subnormal.c": [
-        ("the last weights are not looked at", "k->range(b->data, 0, 1, fb_round_up(b->n, k->panel) * b->k, &range);",
-         "k->range(b->data, 0, 1, b->n / k->panel * k->panel * b->k, &range);"),
-        ("weights are finite, whatever they are", "b->finite = b->range.high < k->infinity;", "b->finite = 1;"),
-        ("weights are raised to infinity", "b->range.low == 0 && b->range.high + k->shift < k->infinity",
-         "b->range.low == 0 && b->range.high + k->shift <= k->infinity"),
-        ("weights are raised even if they are for product_small", " && fb_max(b->n, b->k) > k->panel)", ")"),
+        (
+            "the last weights are not looked at",
+            "tier->range(b->data, 0, 1, fb_round_up(b->n, tier->panel) * b->k, &range);",
+            "tier->range(b->data, 0, 1, b->n / tier->panel * tier->panel * b->k, &range);",
+        ),
+        ("weights are finite, whatever they are", "b->finite = b->range.high < tier->infinity;", "b->finite = 1;"),
+        (
+            "weights are raised to infinity",
+            "b->range.low == 0 && b->range.high + tier->shift < tier->infinity",
+            "b->range.low == 0 && b->range.high + tier->shift <= tier->infinity",
+        ),
+        ("weights are raised even if they are for product_small", " && fb_max(b->n, b->k) > tier->panel)", ")"),
         ("weights are never raised", "if (b->range.low == 0 && b->range.high", "if (b->range.low < 0 && b->range.high"),
-        ("a left operand is lowered below normal", "return a.low > k->shift ? -k->shift : 0;",
-         "return a.low >= k->shift ? -k->shift : 0;"),
-        ("a left operand is raised to infinity", "a.high + k->shift < k->infinity && b->range.low",
-         "a.high + k->shift <= k->infinity && b->range.low"),
-        ("panels are lowered below normal", "b->range.low > k->shift ? k->shift", "b->range.low >= k->shift ? k->shift"),
+        (
+            "a left operand is lowered below normal",
+            "return a.low > tier->shift ? -tier->shift : 0;",
+            "return a.low >= tier->shift ? -tier->shift : 0;",
+        ),
+        (
+            "a left operand is raised to infinity",
+            "a.high + tier->shift < tier->infinity && b->range.low",
+            "a.high + tier->shift <= tier->infinity && b->range.low",
+        ),
+        (
+            "panels are lowered below normal",
+            "b->range.low > tier->shift ? tier->shift",
+            "b->range.low >= tier->shift ? tier->shift",
+        ),
         ("a left operand is never raised", "return a.low == 0 && a.high", "return a.low < 0 && a.high"),
-        ("the first block is looked at only", "for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_BLOCK)\n        k->range",
-         "for (ptrdiff_t k0 = 0; k0 < 1; k0 += FB_BLOCK)\n        k->range"),
-        ("the first block is scaled only", "for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_BLOCK) {",
-         "for (ptrdiff_t k0 = 0; k0 < 1; k0 += FB_BLOCK) {"),
+        (
+            "the first block is looked at only",
+            "for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_CHAIN)\n        tier->range",
+            "for (ptrdiff_t k0 = 0; k0 < 1; k0 += FB_CHAIN)\n        tier->range",
+        ),
+        (
+            "the first block is scaled only",
+            "for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_CHAIN) {",
+            "for (ptrdiff_t k0 = 0; k0 < 1; k0 += FB_CHAIN) {",
+        ),
         ("x keeps the scale of the rows before", "while (b->shift != -shift) {", "while (0) {"),
         ("infinite x is scaled", "if (!b->finite || !(", "if (!("),
-        ("lowered panels: the bias of the first", "part.bias = g->bias ? fb_at(g->bias, j, k->size) : NULL;", "part.bias = g->bias;"),
-        ("lowered panels: less than there are", "fb_round_up(part.cols, k->panel) * g->depth, lowered", "part.cols * g->depth, lowered"),
+        (
+            "lowered panels: the bias of the first",
+            "part.bias = g->bias ? fb_at(g->bias, j, tier->size) : NULL;",
+            "part.bias = g->bias;",
+        ),
+        (
+            "lowered panels: less than there are",
+            "fb_round_up(part.cols, tier->panel) * g->depth, lowered",
+            "part.cols * g->depth, lowered",
+        ),
     ],
     "csrc/fb_threads.c": [
         ("a child takes over the workers", "    pool.workers = 0;\n", ""),
@@ -444,10 +658,8 @@ MUTANTS = {  # file: (name, old text, new text)
         ("a second caller is let in", "!atomic_exchange(&pool.busy, 1)", "(atomic_store(&pool.busy, 1), 1)"),
         (
             "OMP_NUM_THREADS first",
-            "n = from_environment(\"FASTBLOCK_NUM_THREADS\");\n"
-            "        n = n ? n : from_environment(\"OMP_NUM_THREADS\");",
-            "n = from_environment(\"OMP_NUM_THREADS\");\n"
-            "        n = n ? n : from_environment(\"FASTBLOCK_NUM_THREADS\");",
+            'n = from_environment("FASTBLOCK_NUM_THREADS");\n        n = n ? n : from_environment("OMP_NUM_THREADS");',
+            'n = from_environment("OMP_NUM_THREADS");\n        n = n ? n : from_environment("FASTBLOCK_NUM_THREADS");',
         ),
         (
             "one part too few",
@@ -455,132 +667,6 @@ MUTANTS = {  # file: (name, old text, new text)
             "arena.memory && part < parts - 1 && !fb_stop(0)",
         ),
         ("threads share their memory", "pool.memory + thread * pool.each", "pool.memory"),
-    ],
-    "csrc/fb_dispatch.c": [
-        ("a tier that is not there is used", "    if (!fb_isa_usable(i))\n        return 0;\n", ""),
-    ],
-    "csrc/fb_base.h": [
-        ("subnormals read as zero are not noticed", "FB_MXCSR_MODE 0xffc0u", "FB_MXCSR_MODE 0xff80u"),
-        ("the mode is not set back", "        _mm_setcsr(old);", "        (void)old;"),
-    ],
-    "csrc/fb_kernels.h": [
-        (
-            "the last part has whole panels",
-            "fb_min(panels * (part + 1) / parts * k->panel, cols) - *first",
-            "panels * (part + 1) / parts * k->panel - *first",
-        ),
-        (
-            "pieces of memory overlap",
-            "arena->used + fb_round_up(bytes, 64), FB_MOST_BYTES",
-            "arena->used + fb_round_up(bytes, 64) / 2 / 64 * 64, FB_MOST_BYTES",
-        ),
-        ("a size overflows", "(double)rows * (double)cols * (double)size < (double)FB_MOST_BYTES ?", "1 ?"),
-    ],
-    "csrc/fb_matmul.c": [
-        (
-            "a staged block is cut short",
-            "fb_min(FB_BLOCK, b->k - k0),\n                    fb_at(stage,",
-            "fb_min(FB_BLOCK, b->k - k0) - (b->k > 512),\n                    fb_at(stage,",
-        ),
-        ("a chain without blocks", "g.first = k0 == 0;", "g.first = k0 <= FB_BLOCK;"),
-        ("an empty sum is not written", "} while (k0 < b->k);", "} while (k0 + g.depth < b->k);"),
-        ("zeros are skipped, whatever they meet", "if (!finite || work_of(g)", "if (work_of(g)"),
-        ("mixing: the last block of two", ".last = k0 + FB_BLOCK >= positions,", ".last = k0 + FB_BLOCK > positions,"),
-        ("a part has no bias of its own", ".bias = p->bias ? fb_at(p->bias, first, size) : NULL,", ".bias = p->bias,"),
-        ("mixing: one x for the whole batch", "m.x = fb_at(t->x, b * t->x_batch, size);", "m.x = t->x;"),
-        (
-            "mixing: wide features start anew",
-            "fb_at(m->x, k0 * features + j, size), features,",
-            "fb_at(m->x, k0 * features, size), features,",
-        ),
-        ("mixing: the key_mask of the first block for all", "m->key_mask ? m->key_mask + k0 : NULL", "m->key_mask"),
-        ("mixing: later keys count where they are not finite", "if (m->causal && !block->finite) {", "if (0) {"),
-        ("mixing: the first key of a later block counts", "g.depth - fb_max(0, seen)", "g.depth - fb_max(1, seen)"),
-        (
-            "mixing: a position does not see itself",
-            "product_causal(k, &g, first_row + i + 1 - k0);",
-            "product_causal(k, &g, first_row + i - k0);",
-        ),
-        (
-            "mixing: parts see what the first part sees",
-            "product_causal(k, &g, first_row + i + 1 - k0);",
-            "product_causal(k, &g, i + 1 - k0);",
-        ),
-    ],
-    "csrc/fb_attention.c": [
-        ("causal: a position does not see itself", "key[seen] <= i + r", "key[seen] < i + r"),
-        ("masked keys move the blocks", "if (j % FB_BLOCK == FB_BLOCK - 1)", "if (n % FB_BLOCK == FB_BLOCK - 1 && 0)"),
-        ("the scale is rounded once", "params->dtype == FB_F32 ? (float)root : root", "root * (1 + 0x1p-40)"),
-        ("b_q of the first block for all", "b_q ? fb_at(b_q, e, size) : NULL", "b_q"),
-        ("one mask for the whole batch", "a->key_mask ? a->key_mask + b * positions : NULL", "a->key_mask"),
-        ("masked weights are left as they were", "memset(out, 0, (size_t)(rows * positions * size));", "(void)out;"),
-        (
-            "ends of the first batch item",
-            "t->ends + b * blocks_of(positions);\n    const ptrdiff_t allowed",
-            "t->ends;\n    const ptrdiff_t allowed",
-        ),
-        (
-            "only the first part of the keys is packed",
-            "b < t->a->batch; b += parts)",
-            "b < t->a->batch; b += parts + (parts > 1))",
-        ),
-    ],
-    "csrc/fb_block.c": [
-        (
-            "small blocks share their weights",
-            "mixing.a = fb_at(t->weights, b * t->weights_batch, k->size);",
-            "mixing.a = t->weights;",
-        ),
-        ("a block of a few numbers without relu", ".depth = features, .relu = 1};", ".depth = features, .relu = 0};"),
-        (
-            "one positions too many for a small block",
-            "t->positions <= SMALL_POSITIONS &&",
-            "t->positions <= SMALL_POSITIONS + 1 &&",
-        ),
-        (
-            "key_mask of the first step for all",
-            "part.key_mask = t->key_mask ? t->key_mask + b * positions : NULL;",
-            "part.key_mask = t->key_mask;",
-        ),
-        ("x of the first step for all", "part.x = fb_at(t->x, b * t->x_batch, size);", "part.x = t->x;"),
-        (
-            "mixing with the key_mask of the first batch item",
-            ".key_mask = t->key_mask ? t->key_mask + b * t->positions : NULL,",
-            ".key_mask = t->key_mask,",
-        ),
-        (
-            "mixing without key_mask",
-            ".key_mask = t->key_mask ? t->key_mask + b * t->positions : NULL,",
-            ".key_mask = NULL,",
-        ),
-        ("mixing is never causal", ".causal = t->causal,\n    };", ".causal = 0,\n    };"),
-        (
-            "a tile crosses into the next batch item",
-            "fb_min(fb_min(plan->tile, t->positions - row % t->positions), end - row)",
-            "fb_min(plan->tile, end - row)",
-        ),
-        ("small blocks share the key_mask", "t->key_mask[b * positions + j]", "t->key_mask[j]"),
-        ("small blocks are never causal", "mixing.depth = t->causal ? i + 1 : positions;", "mixing.depth = positions;"),
-        (
-            "few rows: one row of z too low",
-            "fb_at(z, row * plan.z_row, k->size)",
-            "fb_at(z, row / 2 * plan.z_row, k->size)",
-        ),
-    ],
-    "csrc/fb_feed_forward.c": [
-        ("block sums of hidden units replace each other", ".first = f == 0,", ".first = 1,"),
-        (
-            "no hidden unit, no bias",
-            "ptrdiff_t f = 0;\n    do { /*",
-            "ptrdiff_t f = 0;\n    if (params->w1.n) do { /*",
-        ),
-        ("b2 of the first columns for all", "params->b2 ? fb_at(params->b2, first, k->size) : NULL", "params->b2"),
-        ("b1 of the first units for all", "b1 ? fb_at(b1, f, k->size) : NULL", "b1"),
-        (
-            "columns: hidden units of another block",
-            "f / FB_BLOCK * rows * FB_ROW + f % FB_BLOCK",
-            "f / FB_BLOCK * rows * FB_ROW",
-        ),
     ],
     "fastblock/_core.pyx": [
         (
@@ -591,8 +677,8 @@ MUTANTS = {  # file: (name, old text, new text)
         ("swapped bytes pass", "    if cnp.PyArray_ISBYTESWAPPED(array):", "    if False:"),
         (
             "a strided bias is read as it stands",
-            "        raise wrong_shape(name, f\"({n},)\", bias)\n    return contiguous(bias)",
-            "        raise wrong_shape(name, f\"({n},)\", bias)\n    return bias",
+            '        raise wrong_shape(name, f"({n},)", bias)\n    return contiguous(bias)',
+            '        raise wrong_shape(name, f"({n},)", bias)\n    return bias',
         ),
         ("a read-only out is written", "    if not cnp.PyArray_ISWRITEABLE(array):", "    if False:"),
         (
@@ -600,7 +686,11 @@ MUTANTS = {  # file: (name, old text, new text)
             "return a0 < b0 + cnp.PyArray_NBYTES(b) and b0 < a0 + cnp.PyArray_NBYTES(a)",
             "return a0 <= b0 and b0 < a0 + cnp.PyArray_NBYTES(a)",
         ),
-        ("overlap needs two elements", "return a0 < b0 + cnp.PyArray_NBYTES(b)", "return a0 + 8 < b0 + cnp.PyArray_NBYTES(b)"),
+        (
+            "overlap needs two elements",
+            "return a0 < b0 + cnp.PyArray_NBYTES(b)",
+            "return a0 + 8 < b0 + cnp.PyArray_NBYTES(b)",
+        ),
         ("out may overlap the x that is mixed", "target_for(result, (a, x_array))", "target_for(result, (a,))"),
         ("out may overlap the weights that mix", "target_for(result, (a, x_array))", "target_for(result, (x_array,))"),
         ("out may overlap a bias", "target_for(result, (x_array, b))", "target_for(result, (x_array,))"),
@@ -622,7 +712,11 @@ MUTANTS = {  # file: (name, old text, new text)
             "fb_set_own_threads(contexts[-1][1] if contexts else 0)",
             "fb_set_own_threads(0)",
         ),
-        ("num_threads is left in order only", "for i in reversed(range(len(contexts))):", "for i in range(len(contexts) - 1, len(contexts)):"),
+        (
+            "num_threads is left in order only",
+            "for i in reversed(range(len(contexts))):",
+            "for i in range(len(contexts) - 1, len(contexts)):",
+        ),
         ("leading dimensions broadcast one way only", "        if x_lead and x_lead != lead:", "        if False:"),
         ("masked arrays pass", " or issubclass(type(a), np.ma.MaskedArray):", ":"),
         (
@@ -637,8 +731,8 @@ MUTANTS = {  # file: (name, old text, new text)
         ),
         (
             "out may overlap x of a feed-forward",
-            "target_for(result, (x,))\n    cdef const void *source = readable(x, \"x\", kind, rows * params.w1.k)",
-            "target_for(result, ())\n    cdef const void *source = readable(x, \"x\", kind, rows * params.w1.k)",
+            'target_for(result, (x,))\n    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)',
+            'target_for(result, ())\n    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)',
         ),
         (
             "causal does not matter to a small block",
@@ -668,27 +762,14 @@ MUTANTS = {  # file: (name, old text, new text)
         ("a block can be initialised twice", "if flag_is_set(&self.ready):  # asked", "if False:  # asked"),
         (
             "a block without parameters computes",
-            "if not flag_is_set(&self.ready):\n            raise RuntimeError(\"the block has",
-            "if False:\n            raise RuntimeError(\"the block has",
+            'if not flag_is_set(&self.ready):\n            raise RuntimeError("the block has',
+            'if False:\n            raise RuntimeError("the block has',
         ),
         ("an array that was resized meanwhile is read", " or cnp.PyArray_SIZE(a) != elements:", ":"),
         ("anything is true", "    if type(a) is not np.bool_:", "    if False:"),
     ],
-    "csrc/fb_memory.c": [
-        ("an overflow is not seen", "rows > PTRDIFF_MAX / 2 / size / cols", "rows > PTRDIFF_MAX / 2 / size"),
-        (
-            "two callers share the small buffer",
-            "bytes <= SMALL && !atomic_flag_test_and_set_explicit(&in_use, memory_order_acquire)",
-            "bytes <= SMALL && (atomic_flag_test_and_set_explicit(&in_use, memory_order_acquire), 1)",
-        ),
-        (
-            "an operation works in the caller's mode",
-            "const fb_fp_mode mode = fb_fp_enter();\n    fb_arena arena",
-            "const fb_fp_mode mode = fb_fp_enter();\n    fb_fp_leave(mode);\n    fb_arena arena",
-        ),
-        ("memory that cannot be had is not missed", "return !arena.memory ? FB_NO_MEMORY : atomic", "return atomic"),
-    ],
-}  # fmt: skip
+}
+# fmt: skip
 
 
 def all_mutants():
@@ -722,7 +803,9 @@ class Build:
     def __init__(self, folder, base=None):
         self.folder, self.base = folder, base
         for part in ("csrc", "fastblock"):
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.so", "*.c" if part == "fastblock" else ""))
+            shutil.copytree(
+                ROOT / part, folder / part, ignore=shutil.ignore_patterns("*.so", "*.c" if part == "fastblock" else "")
+            )
         self.package = folder / "package"
         (self.package / "fastblock").mkdir(parents=True)
         for file in (ROOT / "fastblock").glob("*.py"):
@@ -795,7 +878,17 @@ class Build:
         """What tests/tiers/tiers.c prints about the C sources, on every tier that this CPU has."""
         program = self.folder / "tiers"
         objects = [path for path in self.objects if path.stem != "_core"]
-        call(compiler(), *FLAGS, "-I", self.folder / "csrc", ROOT / "tests" / "tiers" / "tiers.c", *objects, "-lm", "-o", program)
+        call(
+            compiler(),
+            *FLAGS,
+            "-I",
+            self.folder / "csrc",
+            ROOT / "tests" / "tiers" / "tiers.c",
+            *objects,
+            "-lm",
+            "-o",
+            program,
+        )
         printed = []
         for tier in ("portable", "neon", "avx2", "avx512"):
             result = subprocess.run([program, tier], capture_output=True, text=True, timeout=TIMEOUT)
@@ -812,7 +905,9 @@ def where_it_comes_from(build):
     """The path of the core that the tests of this build import."""
     code = "import fastblock._core; print(fastblock._core.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(build.package)}
-    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment
+    ).stdout.strip()
 
 
 def try_mutant(folder, base, name, more):

@@ -215,7 +215,7 @@ def test_tier_files_hold_no_code():
     for tier in TIERS:
         text = re.sub(r"/\*.*?\*/", "", (CSRC / f"fb_kernels_{tier}.c").read_text(), flags=re.DOTALL)
         code = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
-        assert all(line.startswith("const struct fb_kernels *const") for line in code), tier
+        assert all(line.startswith("const fb_tier *const") for line in code), tier
         normal_form.add(code[0].replace(tier, "TIER"))
         assert text.count('#include "fb_kernels_template.h"') == 2
     assert len(normal_form) == 1

@@ -130,7 +130,7 @@ static __m512d lanes_fixupimm_pd(__m512d a, __m512d v, __m512i table)
 #define _mm512_cvtepi32_epi16 lanes_cvtepi32_epi16
 #define _mm512_cvtepi64_epi16 lanes_cvtepi64_epi16
 
-#include "fb_kernels.h"
+#include "fb_tier.h"
 
 /* A vector is memory here, not a register: inlined and unrolled the tiles would gain nothing and compile for minutes. */
 #undef FB_INLINE
@@ -146,4 +146,4 @@ static __m512d lanes_fixupimm_pd(__m512d a, __m512d v, __m512i table)
 #include "fb_kernels_template.h"
 #define FB_BITS 64
 #include "fb_kernels_template.h"
-const struct fb_kernels *const fb_kernels_avx512[2] = {&fb_kernels_f32_avx512, &fb_kernels_f64_avx512};
+const fb_tier *const fb_kernels_avx512[2] = {&fb_kernels_f32_avx512, &fb_kernels_f64_avx512};

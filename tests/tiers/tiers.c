@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fb_kernels.h"
+#include "fb_internal.h"
 
 /* ---- random numbers: splitmix64. Never two in one expression: C leaves open which would be drawn first. */
 
@@ -44,7 +44,7 @@ static double bell(void) /* nearly Gaussian: four uniform numbers, variance 1 */
 
 /* ---- elements of either dtype */
 
-static const struct fb_kernels *k; /* of the tier that runs */
+static const fb_tier *tier; /* of the tier that runs */
 static fb_dtype dtype;
 #define F32 (dtype == FB_F32)
 
@@ -77,7 +77,7 @@ static double get(const void *p, ptrdiff_t i)
 }
 static void *at(const void *p, ptrdiff_t i)
 {
-    return fb_at(p, i, k->size);
+    return fb_at(p, i, tier->size);
 }
 static const uint64_t infinity[2] = {0x7f800000, (uint64_t)0x7ff << 52};
 static const uint64_t sign[2] = {(uint64_t)1 << 31, (uint64_t)1 << 63};
@@ -229,7 +229,7 @@ static void run_fma(int number)
             put(c, i, chance(50) ? 0.0 : -0.0);
         }
     }
-    k->fma(a, b, c, out, N);
+    tier->fma(a, b, c, out, N);
     note_unfinished(out, N, 0);
 }
 
@@ -257,7 +257,7 @@ static void run_exp(int number)
             put(x, i, thresholds[dtype][between(0, 6)]);
             put_bits(x, i, bits_at(x, i) + (uint64_t)between(-20, 20));
         }
-    k->exp(x, out, N);
+    tier->exp(x, out, N);
     note_bits(out, N);
 }
 
@@ -291,9 +291,9 @@ static void run_range(int number)
                 high = exponent > high ? exponent : high;
             }
         fb_fp_forget_subnormals();
-        k->touch(x, row, rows, n);
+        tier->touch(x, row, rows, n);
         const int met = fb_fp_met_subnormals();
-        k->range(x, row, rows, n, &range);
+        tier->range(x, row, rows, n, &range);
         expect(range.low == low && range.high == high, "range", number);
         expect(met == (FB_X86 && low == 0) || high == (int)(infinity[dtype] >> fraction), "touch", number);
         note((uint64_t)low);
@@ -306,7 +306,7 @@ static void run_range(int number)
 static void run_raise_lower(int number)
 {
     const ptrdiff_t rows = between(0, 3), n = number * 3 % 200, row = n + between(0, 3), to_row = n + between(0, 3);
-    const uint64_t normal = (uint64_t)1 << (F32 ? 23 : 52), most = infinity[dtype] - (uint64_t)k->shift * normal;
+    const uint64_t normal = (uint64_t)1 << (F32 ? 23 : 52), most = infinity[dtype] - (uint64_t)tier->shift * normal;
     const uint64_t edges[] = {0, 1, normal - 1, normal, normal + 1, most - 1};
     void *x = array(rows * row, ZEROS), *out = memory(rows * to_row);
     for (ptrdiff_t i = 0; i < rows * row; i++) {
@@ -314,13 +314,13 @@ static void run_raise_lower(int number)
         const int edge = chance(20) ? (int)between(0, 5) : -1;
         put_bits(x, i, (edge < 0 ? size : edges[edge]) | (chance(50) ? sign[dtype] : 0));
     }
-    k->raise(x, row, rows, n, out, to_row);
+    tier->raise(x, row, rows, n, out, to_row);
     for (ptrdiff_t i = 0; i < rows; i++) {
         for (ptrdiff_t j = 0; j < n; j++)
-            expect(get(out, i * to_row + j) == ldexp(get(x, i * row + j), k->shift), "raise", number);
+            expect(get(out, i * to_row + j) == ldexp(get(x, i * row + j), tier->shift), "raise", number);
         note_bits(at(out, i * to_row), n);
     }
-    k->lower(out, to_row, rows, n, out, to_row);
+    tier->lower(out, to_row, rows, n, out, to_row);
     for (ptrdiff_t i = 0; i < rows; i++)
         for (ptrdiff_t j = 0; j < n; j++)
             expect(bits_at(out, i * to_row + j) == bits_at(x, i * row + j), "lower", number);
@@ -351,17 +351,17 @@ static void run_bias_relu(int number)
 {
     const ptrdiff_t rows = between(0, 4), cols = number % 70;
     void *out = memory(rows * cols + 8), *x = array(rows * cols, number % CLASSES);
-    k->bias_relu(x, array(cols, (int)between(0, CLASSES - 1)), out, rows, cols);
+    tier->bias_relu(x, array(cols, (int)between(0, CLASSES - 1)), out, rows, cols);
     note_bits(out, rows * cols + 8);
 }
 
 /* The rows of B, from its panels. */
 static void *rows_from_panels(const void *panels, ptrdiff_t depth, ptrdiff_t row)
 {
-    void *b = memory(depth * row + k->panel);
+    void *b = memory(depth * row + tier->panel);
     for (ptrdiff_t i = 0; i < depth; i++)
         for (ptrdiff_t j = 0; j < row; j++)
-            put_bits(b, i * row + j, bits_at(panels, (j / k->panel * depth + i) * k->panel + j % k->panel));
+            put_bits(b, i * row + j, bits_at(panels, (j / tier->panel * depth + i) * tier->panel + j % tier->panel));
     return b;
 }
 
@@ -371,8 +371,8 @@ static void run_product_of(ptrdiff_t rows, int flags, kernel sparse)
 {
     static const ptrdiff_t depths[] = {0, 1, 5, 15, 16, 17, 33, 48, 64, 65, 130, 256};
     const ptrdiff_t panels = rows <= 4 ? between(0, 10) : between(0, 3);
-    const ptrdiff_t cols = panels * k->panel + (chance(40) ? 0 : between(1, k->panel - 1));
-    const ptrdiff_t depth = depths[between(sparse == BY_ROWS, 11)], padded = fb_round_up(cols, k->panel);
+    const ptrdiff_t cols = panels * tier->panel + (chance(40) ? 0 : between(1, tier->panel - 1));
+    const ptrdiff_t depth = depths[between(sparse == BY_ROWS, 11)], padded = fb_round_up(cols, tier->panel);
     const ptrdiff_t a_row = chance(50) ? FB_ROW : depth + between(0, 3);
     const int finite = sparse || flags & 8;
     fb_product g = {.rows = rows, .cols = cols, .depth = depth, .a_row = a_row,
@@ -383,7 +383,7 @@ static void run_product_of(ptrdiff_t rows, int flags, kernel sparse)
                                              : array(rows * a_row, class);
     g.a = a;
     g.stage = a_row == FB_ROW ? NULL : memory(rows * FB_ROW);
-    g.b = array(padded * depth + k->panel, (int)between(0, (finite ? FINITE : CLASSES) - 1));
+    g.b = array(padded * depth + tier->panel, (int)between(0, (finite ? FINITE : CLASSES) - 1));
     g.bias = chance(50) ? array(padded, (int)between(0, CLASSES - 1)) : NULL;
     g.t = array(rows * g.t_row + 8, (int)between(0, CLASSES - 1));
     g.c = g.t_row == g.c_row ? g.t : memory(rows * g.c_row + 8); /* the totals may be in C */
@@ -392,11 +392,11 @@ static void run_product_of(ptrdiff_t rows, int flags, kernel sparse)
                             .offset = memory(rows * FB_ROW), .count = memory(rows * 4), .slice = chance(50) ? 64 : 256,
                             .sums = memory(sparse == BY_ROWS ? padded : rows * FB_SUMS_BYTES / 8)};
         if (sparse == BY_ROWS) {
-            list.slice = FB_BLOCK;
+            list.slice = FB_CHAIN;
             g.b_row = padded;
             g.b_rows = rows_from_panels(g.b, depth, padded);
         }
-        k->compress(a, a_row, rows, depth, &list);
+        tier->compress(a, a_row, rows, depth, &list);
         for (ptrdiff_t s = 0; s * list.slice < depth; s++)
             for (ptrdiff_t i = 0; i < rows; i++) {
                 const ptrdiff_t start = i * FB_ROW + s * list.slice, n = FB_STEP * list.count[s * rows + i];
@@ -405,9 +405,9 @@ static void run_product_of(ptrdiff_t rows, int flags, kernel sparse)
                 for (ptrdiff_t j = 0; j < n; j++)
                     note(list.offset[start + j]);
             }
-        (sparse == BY_ROWS ? k->product_rows : k->product_sparse)(&g, &list);
+        (sparse == BY_ROWS ? tier->product_rows : tier->product_sparse)(&g, &list);
     } else {
-        k->product(&g);
+        tier->product(&g);
     }
     /* with what stands between the rows and behind the last */
     if (g.last)
@@ -443,7 +443,7 @@ static void run_product_small(int number)
     const fb_product g = {.a = array(rows * a_row, class), .a_row = a_row, .b = array(depth * b_row, class),
                           .bias = chance(50) ? array(cols, class) : NULL, .c = memory(rows * cols + 8), .c_row = cols,
                           .rows = rows, .cols = cols, .depth = depth, .relu = chance(50)};
-    k->product_small(&g, b_row);
+    tier->product_small(&g, b_row);
     note_bits(g.c, rows * cols + 8);
 }
 
@@ -453,7 +453,7 @@ static void run_sample(int number)
     const int class = (int)between(0, CLASSES - 1);
     void *a = sparse_array(rows, depth, row, class, chance(50) ? 0 : (int)between(0, 100));
     ptrdiff_t span, nonzeros;
-    k->sample(a, row, rows, depth, &span, &nonzeros);
+    tier->sample(a, row, rows, depth, &span, &nonzeros);
     note((uint64_t)nonzeros);
     /* The span is a hint, not the same for all vector lengths: at least all nonzeros, at most everything. */
     note(span >= 0 && span <= depth && span >= nonzeros);
@@ -463,7 +463,7 @@ static void run_softmax(int number)
 {
     static const ptrdiff_t widths[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 48, 65, 255, 256, 257, 300, 520};
     const ptrdiff_t width = widths[number % 17], rows = between(1, 18);
-    const ptrdiff_t row = fb_round_up(width, k->panel) + k->panel;
+    const ptrdiff_t row = fb_round_up(width, tier->panel) + tier->panel;
     void *scores = array(fb_round_up(rows, FB_SOFTMAX_ROWS) * row, chance(60) ? GAUSSIAN : (int)between(0, CLASSES - 1));
     const int in_place = chance(30);
     const ptrdiff_t out_row = in_place ? row : width + between(0, 3);
@@ -475,7 +475,7 @@ static void run_softmax(int number)
         ends[n++] = end;
     ends[n] = PTRDIFF_MAX;
     const double root = 1 / sqrt((double)between(1, 200));
-    k->softmax(scores, row, out, out_row, rows, width, count, ends, F32 ? (float)root : root, number % 2);
+    tier->softmax(scores, row, out, out_row, rows, width, count, ends, F32 ? (float)root : root, number % 2);
     for (ptrdiff_t i = 0; i < rows; i++)
         note_bits(at(out, i * out_row), in_place ? width : out_row);
 }
@@ -593,7 +593,7 @@ static void use_tier(const char *name)
 {
     for (int i = 0; fb_isa_name(i); i++)
         if (strcmp(fb_isa_name(i), name) == 0 && fb_use_isa(i)) {
-            k = fb_kernels_in_use(dtype);
+            tier = fb_tier_in_use(dtype);
             return;
         }
     fprintf(stderr, "no tier %s here\n", name);

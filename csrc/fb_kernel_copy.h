@@ -1,0 +1,83 @@
+/* fb_kernel_copy.h - rows and panels laid out: copy, pack, pack_rows; a part of fb_kernels_template.h. */
+
+/* Rows of n elements. */
+static void FN(copy)(const void *from_, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to_, ptrdiff_t to_row)
+{
+    const REAL *from = from_;
+    REAL *to = to_;
+    for (ptrdiff_t i = 0; i < rows; i++, from += from_row, to += to_row) {
+        ptrdiff_t j = 0;
+        for (; j + LANES <= n; j += LANES)
+            V(store)(to + j, V(load)(from + j));
+        for (; j < n; j++)
+            to[j] = from[j];
+    }
+}
+
+/* Transposed in squares of LANES x LANES; nothing but moves, so that a signalling NaN survives. */
+static void FN(pack)(const void *w_, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel_)
+{
+    REAL *panel = panel_;
+    if (rows < PANEL)
+        memset(panel, 0, (size_t)depth * FB_PANEL_BYTES);
+    for (ptrdiff_t k = 0; k < depth; k += LANES)
+        for (ptrdiff_t j = 0; j < rows; j += LANES) {
+            const REAL *w = (const REAL *)w_ + j * w_row + k;
+            const ptrdiff_t height = fb_min(LANES, rows - j), width = fb_min(LANES, depth - k);
+            VEC square[LANES];
+            FB_UNROLL
+            for (int i = 0; i < LANES; i++)
+                square[i] = i >= height ? V(zero)() : FB_LIKELY(width == LANES) ? V(load)(w + i * w_row)
+                                                                                : V(load_first)(w + i * w_row, width);
+            V(transpose)(square);
+            FB_UNROLL
+            for (int i = 0; i < LANES; i++)
+                if (i < width)
+                    V(store)(panel + (k + i) * PANEL + j, square[i]);
+        }
+}
+
+/* Rows of B as they are: B[k, j] = x[k*x_row + j], k < depth, j < cols, into panels of one block, columns beyond the last
+ * are +0.0, and so are rows that keep, if there is one, does not keep. Returns whether all are finite: x * 0 is a zero for finite x, NaN for the others, and a NaN survives every sum.
+ * Some rows at a time, so that what a panel gets is whole lines of one page: with all rows of a panel at a time mixing 512 x
+ * 768 took 1.06 times as long. */
+static int FN(pack_rows)(const void *x_, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols, const uint8_t *keep, void *panels)
+{
+    enum { ROWS = 16 /* 8 as good, 32 and more not */ };
+    static const REAL nothing[PANEL] = {0};
+    VEC sum[PANEL_VECS];
+    REAL lane[PANEL];
+    FB_UNROLL
+    for (int v = 0; v < PANEL_VECS; v++)
+        sum[v] = V(zero)();
+    for (ptrdiff_t k = 0; k < depth; k += ROWS) {
+        const ptrdiff_t rows = fb_min(ROWS, depth - k);
+        for (ptrdiff_t j = 0; j < cols; j += PANEL) {
+            const REAL *from = (const REAL *)x_ + k * x_row + j;
+            REAL *to = (REAL *)panels + j * depth + k * PANEL;
+            ptrdiff_t from_row = x_row;
+            if (cols - j < PANEL) {
+                memset(to, 0, (size_t)(rows * FB_PANEL_BYTES));
+                FN(copy)(from, x_row, rows, cols - j, to, PANEL);
+                from = to;
+                from_row = PANEL;
+            }
+            for (ptrdiff_t i = 0; i < rows; i++, from += from_row, to += PANEL) {
+                const REAL *row = keep && !keep[k + i] ? nothing : from;
+                FB_UNROLL
+                for (int v = 0; v < PANEL_VECS; v++) {
+                    const VEC x = V(load)(row + v * LANES);
+                    V(store)(to + v * LANES, x);
+                    sum[v] = V(add)(sum[v], V(mul)(x, V(zero)()));
+                }
+            }
+        }
+    }
+    FB_UNROLL
+    for (int v = 0; v < PANEL_VECS; v++)
+        V(store)(lane + v * LANES, sum[v]);
+    for (int i = 0; i < PANEL; i++)
+        if (lane[i] != 0)
+            return 0;
+    return 1;
+}
