@@ -1,8 +1,8 @@
-/* fb_attention.c - attention_weights: keys, projected and packed, then queries, scores and softmax, tile by tile.
+/* fb_attention.c - attention weights, a tile of queries at a time: their scores and softmax with the queries side by side.
  *
- * A masked key takes no part in anything, so it is left out of the packed keys altogether: scores exist for allowed
- * keys only, in key order, and `ends` remembers where the blocks of the original key numbers end. With causal, a tile
- * of queries meets the keys up to its last query only, and in the product a tile of rows those up to its last row.
+ * Keys and queries are projected first, all of them. A masked key takes no part in anything, so the keys that are allowed
+ * stand one after the other, in order, and `ends` remembers where the blocks of the original key numbers end. With causal, a
+ * tile of queries meets the keys up to its last query only.
  */
 #include "fb_internal.h"
 
@@ -10,165 +10,204 @@
 #include <string.h>
 
 enum {
-    QUERIES = 48,      /* rows of a tile at most */
-    SCORES = 1 << 19,  /* bytes of its scores, which stay in L2 */
+    MOST_QUERIES = FB_QUERY_PANELS * FB_PANEL_BYTES / 4,
     STREAMED = 8 << 20 /* bytes of all weights from which on they go past the caches (12 x 512 x 512: 1.07 times as fast) */
 };
 
-typedef struct attention_job {
-    const fb_attending *a;
-    ptrdiff_t tile, tiles, scores_row; /* tiles of each batch item */
-    double scale;
-    char *keys;            /* (batch, P, E) */
-    fb_panels *packed;     /* of each batch item: its allowed keys */
-    ptrdiff_t *key, *ends; /* of each batch item: the numbers of its allowed keys, and where the blocks end */
-} attention_job;
-
-static ptrdiff_t blocks_of(ptrdiff_t positions)
+/* Which keys of batch item b there are; *number has room for so many numbers, *ends for the ends of the blocks. */
+static fb_keys allowed_keys(const fb_attention *a, ptrdiff_t b, ptrdiff_t *number, ptrdiff_t *ends)
 {
-    return positions / FB_CHAIN + 1;
-}
-
-/* Pass 2, one batch item: drop the masked keys and pack the others. ends[i]: how many have a number < 256 (i + 1). */
-static void pack_keys(const attention_job *t, ptrdiff_t b)
-{
-    const fb_attending *a = t->a;
-    const ptrdiff_t positions = a->positions, width = a->params->w_k.n, size = a->tier->size;
-    const uint8_t *mask = a->key_mask ? a->key_mask + b * positions : NULL;
-    ptrdiff_t *key = t->key + b * positions, *ends = t->ends + b * blocks_of(positions), n = 0;
-    char *keys = fb_at(t->keys, b * positions * width, size);
-    for (ptrdiff_t j = 0; j < positions; j++) {
-        if (!mask || mask[j]) {
-            if (n != j)
-                memcpy(fb_at(keys, n * width, size), fb_at(keys, j * width, size), (size_t)(width * size));
-            key[n++] = j;
-        }
+    fb_keys keys = {.number = a->key_mask ? number : NULL, .ends = ends};
+    const uint8_t *mask = a->key_mask ? a->key_mask + b * a->positions : NULL;
+    for (ptrdiff_t j = 0; j < a->positions; j++) {
+        if (!mask)
+            keys.count++;
+        else if (mask[j])
+            number[keys.count++] = j;
         if (j % FB_CHAIN == FB_CHAIN - 1)
-            *ends++ = n;
+            *ends++ = keys.count;
     }
     *ends = PTRDIFF_MAX; /* the open last block */
-    t->packed[b].n = n;
-    fb_panels_fill(a->tier, keys, width, &t->packed[b]);
-    fb_look_at_panels(a->tier, &t->packed[b]);
+    return keys;
 }
 
-static ptrdiff_t pack_part(const void *job, fb_arena arena, int part, int parts)
+/* Of every parts-th batch item: the allowed keys in front, and whether something is subnormal. */
+static ptrdiff_t look_part(const void *attention, fb_arena arena, int part, int parts)
 {
-    const attention_job *t = job;
-    for (ptrdiff_t b = part; arena.memory && b < t->a->batch; b += parts)
-        pack_keys(t, b);
+    const fb_attention *a = attention;
+    const fb_tier *tier = a->tier;
+    const ptrdiff_t positions = a->positions, width = a->params->w_k.n, row = width * tier->size;
+    for (ptrdiff_t b = part; arena.memory && b < a->batch; b += parts) {
+        fb_keys *keys = &a->keys[b];
+        for (ptrdiff_t n = 0; keys->number && n < keys->count; n++)
+            if (keys->number[n] != n)
+                memcpy(fb_at(keys->rows.data, n, row), fb_at(keys->rows.data, keys->number[n], row), (size_t)row);
+        fb_fp_forget_subnormals();
+        tier->touch(keys->rows.data, 0, 1, keys->count * width);
+        tier->touch(fb_at(a->queries, b * positions, row), 0, 1, positions * width);
+        if ((keys->subnormal = fb_fp_met_subnormals()))
+            fb_look_at(tier, &keys->rows, keys->count * width);
+    }
     return arena.used;
 }
 
-/* Pass 3, one tile of queries: the queries, scores of the keys they may see, neither finished nor scaled (see
- * softmax), and softmax. */
-static ptrdiff_t weigh(const attention_job *t, ptrdiff_t b, ptrdiff_t i, fb_arena arena)
+ptrdiff_t fb_attend(fb_attention *a, fb_arena *arena)
 {
-    const fb_attending *a = t->a;
-    const fb_tier *tier = a->tier;
-    const fb_panels *w_q = &a->params->w_q;
-    const void *b_q = a->params->b_q;
-    const ptrdiff_t positions = a->positions, size = tier->size, width = w_q->n, rows = fb_min(t->tile, positions - i);
-    void *scores = fb_take(&arena, fb_bytes(fb_round_up(t->tile, FB_SOFTMAX_ROWS), t->scores_row, size));
-    void *queries = fb_take(&arena, fb_stage_bytes(tier, t->tile, width));
-    void *stage = fb_take(&arena, fb_stage_bytes(tier, t->tile, w_q->k));
-    const fb_panels keys = {.n = positions, .k = width};
-    void *lowered = fb_take(&arena, fb_max(fb_lowered_bytes(tier, w_q), fb_lowered_bytes(tier, &keys)));
-    if (!arena.memory || fb_stop((double)rows * (double)positions * (double)(width + 32)))
-        return arena.used;
-    const ptrdiff_t *key = t->key + b * positions, *ends = t->ends + b * blocks_of(positions);
-    const ptrdiff_t allowed = t->packed[b].n;
-    char *out = fb_at(a->out, (b * positions + i) * positions, size);
-    ptrdiff_t count[QUERIES], seen = allowed;
-    if (a->causal)
-        for (seen = fb_min(allowed, i); seen > 0 && key[seen - 1] >= i;)
-            seen--;
+    const fb_params *params = a->params;
+    const ptrdiff_t positions = a->positions, rows = a->batch * positions, width = params->w_q.n, size = a->tier->size;
+    const ptrdiff_t blocks = positions / FB_CHAIN + 1;
+    const double root = 1.0 / sqrt((double)width);
+    a->scale = params->dtype == FB_F32 ? (float)root : root;
+    a->queries = fb_take(arena, fb_bytes(rows, width, size));
+    a->keys = fb_take(arena, fb_bytes(a->batch, 1, sizeof *a->keys));
+    char *keys = fb_take(arena, fb_bytes(rows, width, size));
+    ptrdiff_t *ends = fb_take(arena, fb_bytes(a->batch, blocks, sizeof *ends));
+    ptrdiff_t *number = fb_take(arena, a->key_mask ? fb_bytes(rows, 1, sizeof *number) : 0);
+    for (ptrdiff_t b = 0; arena->memory && b < a->batch; b++) {
+        a->keys[b] = allowed_keys(a, b, number + b * positions, ends + b * blocks);
+        a->keys[b].rows = (fb_panels){.data = fb_at(keys, b * positions * width, size), .n = a->keys[b].count, .k = width};
+    }
+    ptrdiff_t used = fb_project_rows(&(fb_projection){
+        .tier = a->tier, .x = a->x, .rows = rows, .w = &params->w_k, .bias = params->b_k, .ending = FB_FINISH, .out = keys,
+    }, *arena);
+    used = fb_max(used, fb_project_rows(&(fb_projection){
+        .tier = a->tier, .x = a->x, .rows = rows, .w = &params->w_q, .bias = params->b_q, .ending = FB_FINISH, .out = a->queries,
+    }, *arena));
+    const int threads = fb_threads(*arena, 2.0 * (double)rows * (double)width, a->batch);
+    return fb_max(used, fb_run(look_part, a, threads, threads, *arena));
+}
+
+void fb_count_keys(const fb_attention *a, ptrdiff_t b, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t *count)
+{
+    const fb_keys *keys = &a->keys[b];
+    ptrdiff_t seen = a->causal ? fb_min(keys->count, i) : keys->count;
+    while (a->causal && keys->number && seen > 0 && keys->number[seen - 1] >= i)
+        seen--;
     for (ptrdiff_t r = 0; r < rows; r++) {
-        while (seen < allowed && key[seen] <= i + r)
+        while (seen < keys->count && (keys->number ? keys->number[seen] : seen) <= i + r)
             seen++;
         count[r] = seen;
     }
-    const fb_left x = fb_stage(tier, fb_at(a->x, (b * positions + i) * w_q->k, size), w_q->k, rows, w_q, width, stage);
-    for (ptrdiff_t e = 0; e < width; e += FB_CHAIN)
-        fb_matmul(tier, &(fb_product){
-            .a = x.at,
-            .a_row = x.row,
-            .bias = b_q ? fb_at(b_q, e, size) : NULL,
-            .c = fb_at(queries, e * rows / FB_CHAIN * FB_ROW, size),
-            .c_row = FB_ROW,
-            .rows = rows,
-            .cols = fb_min(FB_CHAIN, width - e),
-            .first_col = e,
-            .shift = x.shift,
-            .lowered = lowered,
-        }, w_q, FB_FINISH);
-    const fb_left left = fb_fit(tier, (fb_left){queries, FB_ROW, 0}, rows, &t->packed[b], queries);
-    fb_matmul(tier, &(fb_product){
-        .a = queries,
-        .a_row = FB_ROW,
-        .shift = left.shift,
-        .lowered = lowered,
-        .c = scores,
-        .c_row = t->scores_row,
-        .rows = rows,
-        .cols = seen,
-        .wanted = a->causal ? count : NULL,
-    }, &t->packed[b], FB_SUMS);
-    if (allowed == positions) {
-        tier->softmax(scores, t->scores_row, out, positions, rows, positions, count, ends, t->scale, a->stream);
+}
+
+/* scores (n, cols), of the queries from `first` on, a multiple of the panel, with the keys j .. j + n, neither finished nor
+ * scaled (see softmax); keys and queries together hold 2^shift times their numbers */
+static void score(const fb_attention *a, const fb_keys *keys, ptrdiff_t j, ptrdiff_t n, const void *queries, ptrdiff_t cols,
+                  ptrdiff_t first, int shift, void *scores, void *stage)
+{
+    const fb_tier *tier = a->tier;
+    const ptrdiff_t size = tier->size, width = keys->rows.k;
+    fb_product g = {.c_row = cols, .t_row = cols, .rows = n, .cols = cols - first, .stage = stage};
+    g.c = g.t = fb_at(scores, first, size);
+    ptrdiff_t e = 0;
+    do { /* one block at least, so that an empty sum is +0.0 */
+        g.depth = fb_min(FB_CHAIN, width - e);
+        g.first = e == 0;
+        g.a = fb_at(keys->rows.data, j * width + e, size);
+        g.a_row = width;
+        g.b = fb_at(queries, e * cols + first * g.depth, size);
+        if (shift) {
+            tier->lower(g.a, width, n, g.depth, stage, FB_ROW);
+            g.a = stage;
+            g.a_row = FB_ROW;
+        }
+        tier->product(&g);
+        e += FB_CHAIN;
+    } while (e < width);
+}
+
+ptrdiff_t fb_weigh(const fb_attention *a, ptrdiff_t b, ptrdiff_t i, ptrdiff_t rows, const ptrdiff_t *count, void *out,
+                   ptrdiff_t out_row, ptrdiff_t columns, fb_arena arena)
+{
+    const fb_tier *tier = a->tier;
+    const ptrdiff_t size = tier->size, width = a->params->w_q.n, most = FB_QUERY_PANELS * tier->panel;
+    const ptrdiff_t whole = fb_min(most, fb_round_up(rows, tier->panel));
+    char *scores = fb_take(&arena, fb_bytes(a->positions, whole, size));
+    char *packed = fb_take(&arena, fb_bytes(width, whole, size));
+    void *staged = fb_take(&arena, fb_stage_bytes(tier, fb_min(most, rows), width));
+    void *stage = fb_take(&arena, fb_min(FB_ROWS, a->positions) * FB_ROW * size);
+    if (!arena.memory)
         return arena.used;
+    const fb_keys *keys = &a->keys[b];
+    for (ptrdiff_t i0 = 0; i0 < rows; i0 += most) {
+        const ptrdiff_t n = fb_min(most, rows - i0), cols = fb_round_up(n, tier->panel), first = i + i0;
+        fb_left queries = {fb_at(a->queries, (b * a->positions + first) * width, size), width, 0};
+        if (keys->subnormal || width > FB_CHAIN)
+            queries = fb_stage(tier, queries.at, width, n, &keys->rows, 0, staged);
+        const int shift = queries.shift + keys->rows.shift;
+        for (ptrdiff_t e = 0; e < width; e += FB_CHAIN)
+            for (ptrdiff_t q = 0; q < n; q += tier->panel) {
+                const ptrdiff_t depth = fb_min(FB_CHAIN, width - e);
+                tier->pack(fb_at(queries.at, e / FB_CHAIN * n * FB_ROW + q * queries.row, size), queries.row,
+                           fb_min(tier->panel, n - q), depth, fb_at(packed, e * cols + q * depth, size));
+            }
+        /* the keys that all queries see, then those that the first panel of them does not, ... */
+        for (ptrdiff_t q = 0, j = 0, some; q < cols; q += tier->panel) {
+            const ptrdiff_t end = count[i0 + fb_min(q + tier->panel, n) - 1], most_keys = fb_even(end - j, FB_ROWS);
+            for (; j < end; j += some) {
+                some = fb_min(most_keys, end - j);
+                if (fb_stop((double)some * (double)cols * (double)(width + 32)))
+                    return arena.used;
+                score(a, keys, j, some, packed, cols, q, shift, fb_at(scores, j * cols, size), stage);
+            }
+        }
+        tier->softmax(scores, cols, n, count + i0, keys->ends, a->scale, fb_at(out, i0 * out_row, size), out_row, columns,
+                      a->stream);
     }
-    tier->softmax(scores, t->scores_row, scores, t->scores_row, rows, allowed, count, ends, t->scale, 0);
-    memset(out, 0, (size_t)(rows * positions * size));
-    for (ptrdiff_t r = 0; r < rows; r++)
-        for (ptrdiff_t j = 0; j < count[r]; j++)
-            memcpy(fb_at(out, r * positions + key[j], size), fb_at(scores, r * t->scores_row + j, size), (size_t)size);
     return arena.used;
+}
+
+/* ---- attention_weights */
+
+typedef struct weights_job {
+    const fb_attention *a;
+    ptrdiff_t tile, tiles; /* of each batch item */
+    void *out;
+} weights_job;
+
+/* Weights of the allowed keys, to where all keys have a place. */
+static void spread(const fb_keys *keys, const char *from, ptrdiff_t from_row, ptrdiff_t rows, char *to, ptrdiff_t to_row, ptrdiff_t size)
+{
+    memset(to, 0, (size_t)(rows * to_row * size));
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t n = 0; n < keys->count; n++)
+            memcpy(fb_at(to, r * to_row + keys->number[n], size), fb_at(from, r * from_row + n, size), (size_t)size);
 }
 
 /* Every parts-th tile: with causal the later ones are longer. */
 static ptrdiff_t weigh_part(const void *job, fb_arena arena, int part, int parts)
 {
-    const attention_job *t = job;
+    const weights_job *t = job;
+    const fb_attention *a = t->a;
+    const ptrdiff_t positions = a->positions, size = a->tier->size;
+    ptrdiff_t count[MOST_QUERIES];
+    char *allowed = fb_take(&arena, a->key_mask ? fb_bytes(t->tile, positions, size) : 0);
     if (!arena.memory)
-        return weigh(t, 0, 0, arena);
-    for (ptrdiff_t n = part; n < t->a->batch * t->tiles; n += parts)
-        weigh(t, n / t->tiles, n % t->tiles * t->tile, arena);
+        return fb_weigh(a, 0, 0, t->tile, NULL, NULL, 0, 0, arena);
+    for (ptrdiff_t n = part; n < a->batch * t->tiles && !fb_stop(0); n += parts) {
+        const ptrdiff_t b = n / t->tiles, i = n % t->tiles * t->tile, rows = fb_min(t->tile, positions - i);
+        char *out = fb_at(t->out, (b * positions + i) * positions, size);
+        fb_count_keys(a, b, i, rows, count);
+        fb_weigh(a, b, i, rows, count, a->key_mask ? allowed : out, positions, a->keys[b].count, arena);
+        if (a->key_mask)
+            spread(&a->keys[b], allowed, positions, rows, out, positions, size);
+    }
     return arena.used;
 }
 
-ptrdiff_t fb_attend(const void *attending, fb_arena arena)
+ptrdiff_t fb_weigh_all(const void *weighing, fb_arena arena)
 {
-    const fb_attending *a = attending;
-    const fb_tier *tier = a->tier;
-    const fb_params *params = a->params;
-    const ptrdiff_t batch = a->batch, positions = a->positions, rows = batch * positions;
-    const ptrdiff_t width = params->w_q.n, features = params->w_q.k, padded = fb_round_up(positions, tier->panel);
+    fb_attention a = ((const fb_weighing *)weighing)->attention;
+    const ptrdiff_t rows = a.batch * a.positions, most = FB_QUERY_PANELS * a.tier->panel;
     if (rows == 0)
         return arena.used;
-    const double root = 1.0 / sqrt((double)width);
-    const double work = (double)rows * ((double)positions * (double)(width + 32) + 2.0 * (double)width * (double)features);
-    const int threads = fb_threads(arena, work, rows);
-    attention_job t = {.a = a, .scale = params->dtype == FB_F32 ? (float)root : root};
-    t.scores_row = padded + tier->panel; /* not a power of two: rows in different cache sets */
-    t.tile = fb_max(8, fb_min(fb_min(QUERIES, SCORES / (t.scores_row * tier->size)), (rows + threads - 1) / threads));
-    t.tile = fb_min(t.tile, fb_stage_rows(tier, t.tile, features));
-    t.tiles = (positions + t.tile - 1) / t.tile;
-    t.keys = fb_take(&arena, fb_bytes(rows, width, tier->size));
-    t.packed = fb_take(&arena, fb_bytes(batch, 1, sizeof *t.packed));
-    t.key = fb_take(&arena, fb_bytes(rows, 1, sizeof *t.key));
-    t.ends = fb_take(&arena, fb_bytes(batch, blocks_of(positions), sizeof *t.ends));
-    char *panels = fb_take(&arena, fb_bytes(batch * padded, width, tier->size));
-    for (ptrdiff_t b = 0; arena.memory && b < batch; b++)
-        t.packed[b] = (fb_panels){.data = fb_at(panels, b * padded * width, tier->size), .k = width};
-    /* 1. keys */
-    ptrdiff_t used = fb_project_rows(&(fb_projection){
-        .tier = tier, .x = a->x, .rows = rows, .w = &params->w_k, .bias = params->b_k, .ending = FB_FINISH, .out = t.keys,
-    }, arena);
-    /* 2. the allowed keys, packed */
-    used = fb_max(used, fb_run(pack_part, &t, threads, (int)fb_min(threads, batch), arena));
-    /* 3. queries, scores and softmax */
-    return fb_max(used, fb_run(weigh_part, &t, threads, fb_parts(threads, work, batch * t.tiles), arena));
+    const ptrdiff_t used = fb_attend(&a, &arena);
+    const double work = (double)rows * (double)a.positions * (double)(a.params->w_q.n + 32);
+    const int threads = fb_threads(arena, work, rows / a.tier->panel);
+    weights_job t = {.a = &a, .out = ((const fb_weighing *)weighing)->out};
+    t.tile = fb_min(a.positions, rows >= most * threads ? most : a.tier->panel);
+    t.tiles = (a.positions + t.tile - 1) / t.tile;
+    return fb_max(used, fb_run(weigh_part, &t, threads, fb_parts(threads, work, a.batch * t.tiles), arena));
 }
 
 fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
@@ -177,8 +216,9 @@ fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const v
     const fb_tier *tier = fb_tier_in_use(params->dtype);
     if (!tier)
         return FB_NO_TIER;
-    return fb_call(fb_attend, &(fb_attending){
-        .tier = tier, .params = params, .batch = batch, .positions = positions, .x = x, .causal = causal, .key_mask = key_mask,
-        .out = out, .stream = batch * positions * positions * tier->size >= STREAMED,
+    return fb_call(fb_weigh_all, &(fb_weighing){
+        .attention = {.tier = tier, .params = params, .batch = batch, .positions = positions, .x = x, .causal = causal,
+                      .key_mask = key_mask, .stream = !key_mask && batch * positions * positions * tier->size >= STREAMED},
+        .out = out,
     });
 }

@@ -1,19 +1,25 @@
 /* fb_block.c - the block, line for line reference.block: attention weights, mixing, feed-forward.
  *
- * The mixed positions exist one tile at a time, like the hidden activations; attention weights of the block's own
- * exist for as many batch items as fit into OWN_WEIGHTS bytes, one at least. A block of a few numbers takes a way of
- * its own, because laying them out for the large kernels takes several times as long as to compute them.
+ * Nothing but a tile of the attention weights of the block's own, of the mixed positions and of the hidden activations
+ * exists at a time. Of as many batch items as fit into ATTENDED bytes, one at least, keys, queries and packed x exist. A block
+ * of a few numbers takes a way of its own, because laying them out for the large kernels takes several times as long as to
+ * compute them.
  */
 #include "fb_internal.h"
 
 #include <string.h>
 
-enum { OWN_WEIGHTS = 16 << 20, SMALL_POSITIONS = 32 };
+enum {
+    ATTENDED = 16 << 20,
+    WEIGHTS = 512 << 10, /* bytes of a tile's weights, which stay in L2 */
+    ATTENDED_COLUMNS = 512,
+    SMALL_POSITIONS = 32
+};
 
 typedef struct block_job {
     const fb_tier *tier;
     const fb_params *params;
-    const void *x, *weights;
+    const void *x, *weights; /* weights NULL: of the block's own */
     const uint8_t *key_mask;
     ptrdiff_t batch, x_batch, weights_batch, positions;
     int causal;
@@ -23,50 +29,151 @@ typedef struct block_job {
 typedef struct block_plan {
     const block_job *job;
     ptrdiff_t tile, z_row;
+    char *z; /* by columns: all mixed positions, and no feed-forward yet */
+    /* weights of the block's own: the tiles and the blocks of an item, and its x in these, those of depth 0 last */
+    const fb_attention *attention;
+    ptrdiff_t tiles, blocks;
+    fb_panels *values;
 } block_plan;
 
-static fb_mixing mixing_of(const block_job *t, ptrdiff_t b)
+static ptrdiff_t z_row(const fb_tier *tier, ptrdiff_t features)
 {
-    return (fb_mixing){
-        .weights = fb_at(t->weights, b * t->weights_batch, t->tier->size),
-        .x = fb_at(t->x, b * t->x_batch, t->tier->size),
-        .positions = t->positions,
-        .features = t->params->w1.k,
-        .key_mask = t->key_mask ? t->key_mask + b * t->positions : NULL,
-        .causal = t->causal,
-    };
+    return features <= FB_CHAIN ? FB_ROW : fb_round_up(features, tier->panel);
 }
+
+/* out (n rows) = the feed-forward of z, which if it is one block of features is at `stage` */
+static ptrdiff_t feed(const block_plan *plan, const char *z, ptrdiff_t n, void *stage, void *out, fb_arena arena)
+{
+    const fb_tier *tier = plan->job->tier;
+    const fb_params *params = plan->job->params;
+    if (!arena.memory)
+        return fb_feed_forward_rows(tier, params, (fb_left){0}, n, NULL, arena);
+    const fb_left mixed = z == stage ? fb_fit(tier, (fb_left){z, plan->z_row, 0}, n, &params->w1, stage)
+                                     : fb_stage(tier, z, plan->z_row, n, &params->w1, params->w1.n, stage);
+    return fb_feed_forward_rows(tier, params, mixed, n, out, arena);
+}
+
+/* ---- weights that are given */
 
 /* z (n x D, z_row apart) = mixed positions row .. row + n of the batch, all of one item */
 static ptrdiff_t mix(const block_plan *plan, ptrdiff_t row, ptrdiff_t n, void *z, fb_arena arena)
 {
     const block_job *t = plan->job;
-    const fb_mixing m = mixing_of(t, row / t->positions);
-    return fb_mix_rows(t->tier, &m, row % t->positions, n, z, plan->z_row, arena);
+    const ptrdiff_t b = row / t->positions;
+    return fb_mix_rows(t->tier, &(fb_mixing){
+        .weights = fb_at(t->weights, b * t->weights_batch, t->tier->size),
+        .x = fb_at(t->x, b * t->x_batch, t->tier->size),
+        .positions = t->positions,
+        .features = t->params->w1.k,
+    }, row % t->positions, n, z, plan->z_row, arena);
 }
 
 /* All rows of the batch in one line, cut evenly, in tiles that do not cross from one batch item to the next. */
-static ptrdiff_t rows_part(const void *plan_, fb_arena arena, int part, int parts)
+static ptrdiff_t mix_part(const void *plan_, fb_arena arena, int part, int parts)
 {
     const block_plan *plan = plan_;
     const block_job *t = plan->job;
-    const fb_tier *tier = t->tier;
-    const fb_params *params = t->params;
-    const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = params->w1.k;
-    char *stage = fb_take(&arena, fb_stage_bytes(tier, plan->tile, features));
+    const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = t->params->w1.k;
+    char *stage = fb_take(&arena, fb_stage_bytes(t->tier, plan->tile, features));
     /* one block of features: mixed where it is wanted */
-    char *z = features <= FB_CHAIN ? stage : fb_take(&arena, plan->tile * plan->z_row * tier->size);
+    char *z = features <= FB_CHAIN ? stage : fb_take(&arena, plan->tile * plan->z_row * t->tier->size);
     if (!arena.memory)
-        return fb_max(mix(plan, 0, plan->tile, NULL, arena),
-                      fb_feed_forward_rows(tier, params, (fb_left){0}, plan->tile, NULL, arena));
+        return fb_max(mix(plan, 0, plan->tile, NULL, arena), feed(plan, z, plan->tile, stage, NULL, arena));
     for (ptrdiff_t row = total * part / parts, n; row < end; row += n) {
         n = fb_min(fb_min(plan->tile, t->positions - row % t->positions), end - row);
         mix(plan, row, n, z, arena);
-        const fb_left mixed = z == stage ? fb_fit(tier, (fb_left){z, plan->z_row, 0}, n, &params->w1, z)
-                                          : fb_stage(tier, z, plan->z_row, n, &params->w1, params->w1.n, stage);
-        fb_feed_forward_rows(tier, params, mixed, n, fb_at(t->out, row * features, tier->size), arena);
+        feed(plan, z, n, stage, fb_at(t->out, row * features, t->tier->size), arena);
     }
     return arena.used;
+}
+
+/* ---- weights of the block's own */
+
+/* z (n x D, z_row apart) = what the positions i .. i + n of item b attend to */
+static ptrdiff_t attend(const block_plan *plan, ptrdiff_t b, ptrdiff_t i, ptrdiff_t n, void *z, fb_arena arena)
+{
+    const block_job *t = plan->job;
+    const fb_tier *tier = t->tier;
+    const ptrdiff_t features = t->params->w1.k, size = tier->size, width = fb_round_up(features, tier->panel);
+    const ptrdiff_t columns = fb_round_up(fb_even(width, ATTENDED_COLUMNS), tier->panel);
+    const ptrdiff_t row = fb_round_up(t->positions, tier->panel) + tier->panel; /* not a power of two */
+    void *weights = fb_take(&arena, fb_bytes(plan->tile, row, size));
+    const fb_arena free = arena;
+    void *spare = fb_take(&arena, fb_min(FB_CHAIN, t->positions) * width * size);
+    const fb_nonzeros list = fb_take_list(&arena, tier, plan->tile, 0, 0);
+    if (!arena.memory)
+        return fb_max(arena.used, fb_weigh(plan->attention, 0, 0, plan->tile, NULL, NULL, 0, 0, free));
+    ptrdiff_t count[FB_ROWS], blocks = 0, seen = 0;
+    fb_panels *values = plan->values + b * plan->blocks;
+    fb_count_keys(plan->attention, b, i, n, count);
+    for (; seen < count[n - 1]; blocks++)
+        seen += values[blocks].k;
+    fb_weigh(plan->attention, b, i, n, count, weights, row, seen, free);
+    for (ptrdiff_t j = 0; j < width; j += columns) {
+        fb_product g = {.a = weights, .a_row = row, .c_row = plan->z_row, .t_row = plan->z_row, .rows = n,
+                        .cols = fb_min(columns, width - j), .first_col = j, .first = 1, .last = 1};
+        g.c = g.t = fb_at(z, j, size);
+        fb_mix_blocks(tier, &g, values, blocks, t->causal ? count : NULL, spare, list);
+    }
+    if (blocks == 0)
+        memset(z, 0, (size_t)(n * plan->z_row * size));
+    return arena.used;
+}
+
+/* Every parts-th tile: with causal the later ones are longer. */
+static ptrdiff_t attend_part(const void *plan_, fb_arena arena, int part, int parts)
+{
+    const block_plan *plan = plan_;
+    const block_job *t = plan->job;
+    const ptrdiff_t features = t->params->w1.k, size = t->tier->size;
+    char *stage = plan->z ? NULL : fb_take(&arena, fb_stage_bytes(t->tier, plan->tile, features));
+    char *own = plan->z || features <= FB_CHAIN ? stage : fb_take(&arena, plan->tile * plan->z_row * size);
+    if (!arena.memory)
+        return fb_max(attend(plan, 0, 0, plan->tile, NULL, arena), plan->z ? 0 : feed(plan, own, plan->tile, stage, NULL, arena));
+    for (ptrdiff_t n = part; n < t->batch * plan->tiles && !fb_stop(0); n += parts) {
+        const ptrdiff_t b = n / plan->tiles, i = n % plan->tiles * plan->tile, rows = fb_min(plan->tile, t->positions - i);
+        const ptrdiff_t row = b * t->positions + i;
+        char *z = plan->z ? fb_at(plan->z, row * plan->z_row, size) : own;
+        attend(plan, b, i, rows, z, arena);
+        if (!plan->z)
+            feed(plan, z, rows, stage, fb_at(t->out, row * features, size), arena);
+    }
+    return arena.used;
+}
+
+/* Every parts-th block of x. */
+static ptrdiff_t pack_part(const void *plan_, fb_arena arena, int part, int parts)
+{
+    const block_plan *plan = plan_;
+    const block_job *t = plan->job;
+    for (ptrdiff_t n = part; arena.memory && n < t->batch * plan->blocks && !fb_stop(0); n += parts) {
+        const ptrdiff_t b = n / plan->blocks, i = n % plan->blocks, size = t->tier->size, features = t->params->w1.k;
+        const fb_keys *keys = &plan->attention->keys[b];
+        ptrdiff_t first = 0;
+        for (ptrdiff_t before = 0; before < i; before++)
+            first += plan->values[n - i + before].k;
+        const char *x = fb_at(t->x, b * t->x_batch + (keys->number ? 0 : first * features), size);
+        if (plan->values[n].k)
+            fb_pack_block(t->tier, x, features, keys->number ? keys->number + first : NULL, &plan->values[n]);
+    }
+    return arena.used;
+}
+
+/* Where the blocks of an item's x will stand. */
+static void place_values(const block_plan *plan, const fb_keys *keys, fb_panels *values, char *at)
+{
+    const fb_tier *tier = plan->job->tier;
+    const ptrdiff_t features = plan->job->params->w1.k, width = fb_round_up(features, tier->panel);
+    ptrdiff_t first = 0;
+    fb_panels *value = values;
+    for (const ptrdiff_t *end = keys->ends; first < keys->count; end++) {
+        const ptrdiff_t depth = fb_min(*end, keys->count) - first;
+        if (depth > 0)
+            *value++ = (fb_panels){.data = fb_at(at, first * width, tier->size), .n = features, .k = depth};
+        first += depth;
+    }
+    for (; value < values + plan->blocks; value++)
+        *value = (fb_panels){0};
 }
 
 /* Features and hidden units that fit into a vector, a few positions: whole batch items. */
@@ -111,65 +218,102 @@ static ptrdiff_t small_part(const void *job, fb_arena arena, int part, int parts
     return arena.used;
 }
 
-/* The block with the weights in t. */
-static ptrdiff_t mix_and_feed_forward(const block_job *t, fb_arena arena)
+/* ---- the whole block */
+
+/* A block of a few numbers, with the weights in t. */
+static ptrdiff_t small(const block_job *t, fb_arena arena)
+{
+    const double work = (double)t->batch * (double)t->positions * (double)t->params->w1.k *
+                        ((double)t->positions + 2.0 * (double)t->params->w1.n);
+    const int threads = fb_threads(arena, work, t->batch);
+    return fb_run(small_part, t, threads, fb_parts(threads, work, t->batch), arena);
+}
+
+static int is_small(const block_job *t)
+{
+    return t->positions <= SMALL_POSITIONS && fb_max(t->params->w1.k, t->params->w1.n) <= t->tier->lanes;
+}
+
+/* The block with weights that are given, or those of its own attention. */
+static ptrdiff_t mix_and_feed_forward(const block_job *t, fb_attention *attention, fb_arena arena)
 {
     const fb_tier *tier = t->tier;
-    const ptrdiff_t features = t->params->w1.k, hidden = t->params->w1.n, rows = t->batch * t->positions;
-    const double work = (double)rows * (double)features * ((double)t->positions + 2.0 * (double)hidden);
-    if (t->positions <= SMALL_POSITIONS && fb_max(features, hidden) <= tier->lanes) {
-        const int threads = fb_threads(arena, work, t->batch);
-        return fb_run(small_part, t, threads, fb_parts(threads, work, t->batch), arena);
-    }
+    const ptrdiff_t features = t->params->w1.k, hidden = t->params->w1.n, rows = t->batch * t->positions, size = tier->size;
+    const double work = (double)rows * ((double)features * ((double)t->positions + 2.0 * (double)hidden) +
+                                        (attention ? (double)t->positions * (double)(t->params->w_q.n + 32) : 0));
     const int threads = fb_threads(arena, work, fb_max(rows, hidden / tier->panel));
-    const block_plan plan = {.job = t, .tile = fb_stage_rows(tier, t->positions, features),
-                             .z_row = features <= FB_CHAIN ? FB_ROW : fb_round_up(features, tier->panel)};
-    if (threads == 1 || rows >= FB_FEW_ROWS * threads)
-        return fb_run(rows_part, &plan, threads, fb_parts(threads, work, rows / FB_PART_ROWS), arena);
-    /* few rows: all mixed positions, then a feed-forward by columns */
-    char *z = fb_take(&arena, rows * plan.z_row * tier->size);
-    const ptrdiff_t used = mix(&plan, 0, plan.tile, NULL, (fb_arena){.used = arena.used});
-    for (ptrdiff_t row = 0, n; arena.memory && row < rows; row += n) {
+    block_plan plan = {.job = t, .attention = attention, .tile = fb_stage_rows(tier, t->positions, features), .z_row = z_row(tier, features)};
+    const int by_columns = threads > 1 && rows < FB_FEW_ROWS * threads;
+    ptrdiff_t used = arena.used;
+    if (attention) {
+        const ptrdiff_t most = FB_QUERY_PANELS * tier->panel, width = fb_round_up(features, tier->panel);
+        plan.tile = fb_min(fb_min(plan.tile, rows / threads), WEIGHTS / (t->positions * size));
+        plan.tile = fb_min(t->positions, fb_max(most, fb_min(FB_ROWS, plan.tile + most - 1) / most * most));
+        plan.tiles = (t->positions + plan.tile - 1) / plan.tile;
+        plan.blocks = t->positions / FB_CHAIN + 1;
+        used = fb_attend(attention, &arena);
+        char *values = fb_take(&arena, fb_bytes(rows, width, size));
+        plan.values = fb_take(&arena, fb_bytes(t->batch, plan.blocks, sizeof *plan.values));
+        for (ptrdiff_t b = 0; arena.memory && b < t->batch; b++)
+            place_values(&plan, &attention->keys[b], plan.values + b * plan.blocks, fb_at(values, b * t->positions * width, size));
+        used = fb_max(used, fb_run(pack_part, &plan, threads, (int)fb_min(threads, t->batch * plan.blocks), arena));
+    }
+    if (by_columns) /* few rows: all mixed positions, then a feed-forward by columns */
+        plan.z = fb_take(&arena, rows * plan.z_row * size);
+    if (attention)
+        used = fb_max(used, fb_run(attend_part, &plan, threads, fb_parts(threads, work, t->batch * plan.tiles), arena));
+    else if (!by_columns)
+        used = fb_max(used, fb_run(mix_part, &plan, threads, fb_parts(threads, work, rows / FB_PART_ROWS), arena));
+    if (!by_columns)
+        return used;
+    if (!attention)
+        used = fb_max(used, mix(&plan, 0, plan.tile, NULL, (fb_arena){.used = arena.used}));
+    for (ptrdiff_t row = 0, n; !attention && arena.memory && row < rows; row += n) {
         n = fb_min(plan.tile, t->positions - row % t->positions);
-        mix(&plan, row, n, fb_at(z, row * plan.z_row, tier->size), arena);
+        mix(&plan, row, n, fb_at(plan.z, row * plan.z_row, size), arena);
     }
     return fb_max(used, fb_feed_forward_all(&(fb_feeding){
-        .tier = tier, .params = t->params, .x = z, .x_row = plan.z_row, .rows = rows, .out = t->out,
+        .tier = tier, .params = t->params, .x = plan.z, .x_row = plan.z_row, .rows = rows, .out = t->out,
     }, arena));
 }
 
-/* The weights of as many batch items at a time as fit into OWN_WEIGHTS, and the block with them. */
-static ptrdiff_t weigh_and_feed_forward(const block_job *t, fb_arena arena)
+/* Batch items b .. b + n with attention of the block's own. */
+static ptrdiff_t attend_items(const block_job *t, ptrdiff_t b, ptrdiff_t n, fb_arena arena)
 {
-    const ptrdiff_t size = t->tier->size, positions = t->positions, features = t->params->w1.k, item = positions * positions;
-    const ptrdiff_t step = fb_min(t->batch, fb_max(1, OWN_WEIGHTS / (item * size)));
-    void *own = fb_take(&arena, fb_bytes(step * positions, positions, size));
-    ptrdiff_t used = arena.used;
-    for (ptrdiff_t b = 0; b < t->batch; b += step) {
-        block_job part = *t;
-        part.batch = fb_min(step, t->batch - b);
-        part.x = fb_at(t->x, b * t->x_batch, size);
-        part.out = fb_at(t->out, b * positions * features, size);
-        part.key_mask = t->key_mask ? t->key_mask + b * positions : NULL;
-        part.weights = own;
-        part.weights_batch = item;
-        used = fb_max(used, fb_attend(&(fb_attending){
-            .tier = t->tier, .params = t->params, .batch = part.batch, .positions = positions, .x = part.x, .causal = t->causal,
-            .key_mask = part.key_mask, .out = own,
-        }, arena));
-        used = fb_max(used, mix_and_feed_forward(&part, arena));
-        if (!arena.memory && t->batch - b > 2 * step) /* count one whole step and the last one */
-            b += (t->batch - b - 1) / step * step - step;
-    }
-    return used;
+    const ptrdiff_t size = t->tier->size, positions = t->positions, features = t->params->w1.k;
+    block_job items = *t;
+    items.batch = n;
+    items.x = fb_at(t->x, b * t->x_batch, size);
+    items.out = fb_at(t->out, b * positions * features, size);
+    items.key_mask = t->key_mask ? t->key_mask + b * positions : NULL;
+    fb_attention attention = {.tier = t->tier, .params = t->params, .x = items.x, .batch = n, .positions = positions,
+                              .key_mask = items.key_mask, .causal = t->causal};
+    if (!is_small(t))
+        return mix_and_feed_forward(&items, &attention, arena);
+    void *weights = fb_take(&arena, fb_bytes(n * positions, positions, size));
+    items.weights = weights;
+    items.weights_batch = positions * positions;
+    const ptrdiff_t used = fb_weigh_all(&(fb_weighing){.attention = attention, .out = weights}, arena);
+    return fb_max(used, small(&items, arena));
 }
 
 static ptrdiff_t block(const void *job, fb_arena arena)
 {
     const block_job *t = job;
+    ptrdiff_t used = arena.used;
     if (t->batch == 0 || t->positions == 0 || t->params->w1.k == 0) /* nothing to write */
-        return arena.used;
-    return t->weights ? mix_and_feed_forward(t, arena) : weigh_and_feed_forward(t, arena);
+        return used;
+    if (t->weights)
+        return is_small(t) ? small(t, arena) : mix_and_feed_forward(t, NULL, arena);
+    const ptrdiff_t columns = is_small(t) ? t->positions : t->params->w1.k; /* of weights, or of packed x */
+    const double item = (double)t->positions * (double)t->tier->size * (2.0 * (double)t->params->w_q.n + (double)columns);
+    const ptrdiff_t step = fb_max(1, (ptrdiff_t)fb_min(t->batch, (ptrdiff_t)(ATTENDED / item)));
+    for (ptrdiff_t b = 0; b < t->batch; b += step) {
+        used = fb_max(used, attend_items(t, b, fb_min(step, t->batch - b), arena));
+        if (!arena.memory && t->batch - b > 2 * step) /* count one whole step and the last one */
+            b += (t->batch - b - 1) / step * step - step;
+    }
+    return used;
 }
 
 fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t x_batch, ptrdiff_t positions,

@@ -37,39 +37,38 @@ static void FN(pack)(const void *w_, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t 
         }
 }
 
-/* Rows of B as they are: B[k, j] = x[k*x_row + j], k < depth, j < cols, into panels of one block, columns beyond the last
- * are +0.0, and so are rows that keep, if there is one, does not keep. Returns whether all are finite: x * 0 is a zero for finite x, NaN for the others, and a NaN survives every sum.
- * Some rows at a time, so that what a panel gets is whole lines of one page: with all rows of a panel at a time mixing 512 x
- * 768 took 1.06 times as long. */
-static int FN(pack_rows)(const void *x_, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols, const uint8_t *keep, void *panels)
+/* Rows of B as they are: B[k, j] = x[number[k]*x_row + j], k < depth, j < cols, into panels of one block; columns beyond the
+ * last are +0.0. Returns whether all are finite: x * 0 is a zero for finite x, NaN for the others, and a NaN survives every
+ * sum. Some rows at a time, so that what a panel gets is whole lines of one page: with all rows of a panel at a time mixing
+ * 512 x 768 took 1.06 times as long. */
+static int FN(pack_rows)(const void *x_, ptrdiff_t x_row, const ptrdiff_t *number, ptrdiff_t depth, ptrdiff_t cols,
+                         void *panels)
 {
     enum { ROWS = 16 /* 8 as good, 32 and more not */ };
-    static const REAL nothing[PANEL] = {0};
+    const REAL *x = x_;
     VEC sum[PANEL_VECS];
     REAL lane[PANEL];
     FB_UNROLL
     for (int v = 0; v < PANEL_VECS; v++)
         sum[v] = V(zero)();
-    for (ptrdiff_t k = 0; k < depth; k += ROWS) {
-        const ptrdiff_t rows = fb_min(ROWS, depth - k);
+    for (ptrdiff_t k0 = 0; k0 < depth; k0 += ROWS) {
+        const ptrdiff_t end = fb_min(k0 + ROWS, depth);
         for (ptrdiff_t j = 0; j < cols; j += PANEL) {
-            const REAL *from = (const REAL *)x_ + k * x_row + j;
-            REAL *to = (REAL *)panels + j * depth + k * PANEL;
-            ptrdiff_t from_row = x_row;
-            if (cols - j < PANEL) {
-                memset(to, 0, (size_t)(rows * FB_PANEL_BYTES));
-                FN(copy)(from, x_row, rows, cols - j, to, PANEL);
-                from = to;
-                from_row = PANEL;
-            }
-            for (ptrdiff_t i = 0; i < rows; i++, from += from_row, to += PANEL) {
-                const REAL *row = keep && !keep[k + i] ? nothing : from;
-                FB_UNROLL
-                for (int v = 0; v < PANEL_VECS; v++) {
-                    const VEC x = V(load)(row + v * LANES);
-                    V(store)(to + v * LANES, x);
-                    sum[v] = V(add)(sum[v], V(mul)(x, V(zero)()));
+            REAL *to = (REAL *)panels + j * depth + k0 * PANEL;
+            if (cols - j < PANEL)
+                memset(to, 0, (size_t)((end - k0) * FB_PANEL_BYTES));
+            for (ptrdiff_t k = k0; k < end; k++, to += PANEL) {
+                const REAL *from = x + (number ? number[k] : k) * x_row + j;
+                if (FB_LIKELY(cols - j >= PANEL)) {
+                    FB_UNROLL
+                    for (int v = 0; v < PANEL_VECS; v++)
+                        V(store)(to + v * LANES, V(load)(from + v * LANES));
+                } else {
+                    FN(copy)(from, 0, 1, cols - j, to, 0);
                 }
+                FB_UNROLL
+                for (int v = 0; v < PANEL_VECS; v++)
+                    sum[v] = V(add)(sum[v], V(mul)(V(load)(to + v * LANES), V(zero)()));
             }
         }
     }

@@ -281,8 +281,6 @@ FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
         const ptrdiff_t p1 = fb_min(p0 + group, panels);
         for (ptrdiff_t i = 0, t = 0; i < g->rows; i += rows, t++) {
             rows = i < longer_until ? fewest + 1 : fewest;
-            if (g->wanted && g->wanted[i + rows - 1] <= g->first_col + p0 * PANEL)
-                continue;
             fb_fetch fetch = ahead;
             fetch.at = (const char *)((const REAL *)g->b + p1 * g->depth * PANEL) + t * ahead.strips * ahead.step;
             if (FB_FETCH_NEXT_A && g->next_a && p0 == 0)

@@ -19,147 +19,162 @@ static void FN(bias_relu)(const void *x_, const void *bias_, void *out_, ptrdiff
     }
 }
 
-/* ---- softmax: the second half of reference.attention_weights
+/* ---- softmax: the second half of reference.attention_weights, queries as lanes
  *
  * Scaling by a positive number is monotone, so the maximum of the scaled scores is the scaled maximum. canonical() on
  * the scores is left out: exp does not see the sign of a zero, and a NaN makes its whole row the one NaN in the end. */
-FB_INLINE REAL FN(largest)(const REAL *s, ptrdiff_t n)
+
+/* Keys side by side, so that exp has FB_EXP_VECS vectors of the PANEL_VECS of each. */
+#define KEYS (FB_EXP_VECS / PANEL_VECS)
+_Static_assert(FB_EXP_VECS % (FB_PANEL_BYTES / sizeof(VEC)) == 0, "exp takes whole panels");
+
+/* largest[] = the scaled maximum over the keys of each lane */
+FB_INLINE void FN(largest)(const REAL *s, ptrdiff_t row, ptrdiff_t keys, VEC by, VEC *largest)
 {
-    REAL lane[LANES];
     const REAL lowest = -INFINITY;
-    VEC m = V(splat)(&lowest);
+    VEC m[FB_EXP_VECS];
     ptrdiff_t j = 0;
-    for (; j + LANES <= n; j += LANES)
-        m = V(max)(m, V(load)(s + j));
-    V(store)(lane, m);
-    for (; j < n; j++)
-        lane[0] = lane[0] > s[j] ? lane[0] : s[j];
-    for (int i = 1; i < LANES; i++)
-        lane[0] = lane[0] > lane[i] ? lane[0] : lane[i];
-    return lane[0];
+    FB_UNROLL
+    for (int q = 0; q < FB_EXP_VECS; q++)
+        m[q] = V(splat)(&lowest);
+    for (; j + KEYS <= keys; j += KEYS)
+        FB_UNROLL
+        for (int q = 0; q < FB_EXP_VECS; q++)
+            m[q] = V(max)(m[q], V(load)(s + (j + q / PANEL_VECS) * row + q % PANEL_VECS * LANES));
+    for (; j < keys; j++)
+        FB_UNROLL
+        for (int q = 0; q < PANEL_VECS; q++)
+            m[q] = V(max)(m[q], V(load)(s + j * row + q * LANES));
+    FB_UNROLL
+    for (int q = PANEL_VECS; q < FB_EXP_VECS; q++)
+        m[q % PANEL_VECS] = V(max)(m[q % PANEL_VECS], m[q]);
+    FB_UNROLL
+    for (int q = 0; q < PANEL_VECS; q++)
+        largest[q] = V(mul)(m[q], by);
 }
 
-/* sums[] += e[i][j] for j < n, in order; row i is lane i of the vectors. Side by side, for an add waits for the one before:
- * with two, a softmax of 512 takes 0.96 of the time. */
-FB_INLINE void FN(add_columns)(const REAL *e, ptrdiff_t e_row, ptrdiff_t n, int vecs, VEC *sums)
+/* e = exp(score * scale - m), in place, of `keys` keys; added to the sums, in order */
+FB_INLINE void FN(exp_keys)(const int keys, REAL *s, ptrdiff_t row, VEC by, const VEC *m, VEC *sum)
 {
-    VEC column[LANES];
-    for (ptrdiff_t j = 0; j < n; j += LANES) {
-        const int whole = n - j >= LANES;
-        const REAL *at = e + j;
-        for (int q = 0; q < vecs; q++, at += LANES * e_row) {
-            VEC sum = sums[q];
-            FB_UNROLL
-            for (int i = 0; i < LANES; i++)
-                column[i] = V(load)(at + i * e_row);
-            V(transpose)(column);
-            if (FB_LIKELY(whole)) {
-                FB_UNROLL
-                for (int i = 0; i < LANES; i++)
-                    sum = V(add)(sum, column[i]);
-            } else {
-                for (int i = 0; i < n - j; i++)
-                    sum = V(add)(sum, column[i]);
-            }
-            sums[q] = sum;
-        }
+    VEC v[FB_EXP_VECS];
+    FB_UNROLL
+    for (int q = 0; q < keys * PANEL_VECS; q++)
+        v[q] = V(sub)(V(mul)(V(load)(s + q / PANEL_VECS * row + q % PANEL_VECS * LANES), by), m[q % PANEL_VECS]);
+    FN(exp_vecs)(keys * PANEL_VECS, v);
+    FB_UNROLL
+    for (int q = 0; q < keys * PANEL_VECS; q++) {
+        V(store)(s + q / PANEL_VECS * row + q % PANEL_VECS * LANES, v[q]);
+        sum[q % PANEL_VECS] = V(add)(sum[q % PANEL_VECS], v[q]);
     }
 }
 
-/* out[j] = e[j] * by for j < n, +0.0 from there up to width; by may be infinite if n is 0. Whole vectors wherever they
- * fit: other stores to a line that is streamed made causal rows take 1.25 times as long. */
-FB_INLINE void FN(scale_row)(const int stream, const REAL *e, VEC by, ptrdiff_t n, REAL *out, ptrdiff_t width)
+/* out[i, j] = e[j, i] * inverse[i] for the queries i of one vector and the keys j, +0.0 from there up to width. A line of
+ * each row at a time, and what is streamed is whole lines: the first may be short, so that the others are. */
+FB_INLINE void FN(scale_keys)(const int stream, const REAL *e, ptrdiff_t row, ptrdiff_t keys, ptrdiff_t queries, VEC inverse,
+                              REAL *out, ptrdiff_t out_row, ptrdiff_t width)
 {
     void (*const put)(REAL *, VEC) = stream ? V(stream) : V(store);
-    ptrdiff_t j = 0;
-    for (; j + LANES <= n; j += LANES)
-        put(out + j, V(mul)(V(load)(e + j), by));
-    VEC v = j < n ? V(mul)(V(load_first)(e + j, n - j), by) : V(zero)();
-    for (; j + LANES <= width; j += LANES, v = V(zero)())
-        put(out + j, v);
-    if (j < width)
-        V(store_first)(out + j, v, width - j);
-}
-
-static void FN(softmax)(void *scores_, ptrdiff_t scores_row, void *out_, ptrdiff_t out_row, ptrdiff_t rows,
-                        ptrdiff_t width, const ptrdiff_t *count, const ptrdiff_t *ends, double scale_, int stream)
-{
-    /* CHUNK columns of GROUP rows stay in L1 between exp and sum. */
-    enum { CHUNK = 128, GROUP = 2 * LANES < FB_SOFTMAX_ROWS ? 2 * LANES : FB_SOFTMAX_ROWS };
-    const REAL scale = (REAL)scale_;
-    const VEC by = V(splat)(&scale);
-    for (ptrdiff_t i0 = 0; i0 < rows; i0 += GROUP) {
-        const int group = (int)fb_min(GROUP, rows - i0), vecs = (group + LANES - 1) / LANES;
-        REAL *s = (REAL *)scores_ + i0 * scores_row, max[GROUP], total[GROUP];
-        VEC sum[GROUP / LANES], block[GROUP / LANES];
-        ptrdiff_t longest = 0;
-        for (int q = 0; q < vecs; q++)
-            sum[q] = block[q] = V(zero)();
-        /* 1. m */
-        for (int i = 0; i < group; i++) {
-            longest = fb_max(longest, count[i0 + i]);
-            max[i] = FN(largest)(s + i * scores_row, count[i0 + i]) * scale;
-        }
-        /* 2. e = exp(score * scale - m), in place, and r = chain256(e, 1), chunk by chunk; +0.0 from the row's count on
-         * adds nothing to its chain */
-        const ptrdiff_t *block_end = ends;
-        for (ptrdiff_t j0 = 0, j1; j0 < longest; j0 = j1) {
-            j1 = fb_min(fb_min(j0 + CHUNK, *block_end), longest);
-            for (int i = 0; i < group; i++) {
-                REAL *s_row = s + i * scores_row;
-                const VEC m = V(splat)(max + i);
-                const ptrdiff_t end = fb_min(j1, count[i0 + i]);
-                ptrdiff_t j = j0;
-                for (; j + FB_EXP_VECS * LANES <= end; j += FB_EXP_VECS * LANES) {
-                    VEC v[FB_EXP_VECS];
-                    FB_UNROLL
-                    for (int q = 0; q < FB_EXP_VECS; q++)
-                        v[q] = V(sub)(V(mul)(V(load)(s_row + j + q * LANES), by), m);
-                    FN(exp_vecs)(FB_EXP_VECS, v);
-                    FB_UNROLL
-                    for (int q = 0; q < FB_EXP_VECS; q++)
-                        V(store)(s_row + j + q * LANES, v[q]);
-                }
-                for (; j < end; j += LANES) {
-                    VEC v = V(sub)(V(mul)(V(load_first)(s_row + j, fb_min(LANES, end - j)), by), m);
-                    FN(exp_vecs)(1, &v);
-                    V(store_first)(s_row + j, v, fb_min(LANES, end - j));
-                }
-                for (ptrdiff_t j = fb_max(end, j0); j < j1; j++)
-                    s_row[j] = 0;
-            }
-            FN(add_columns)(s + j0, scores_row, j1 - j0, vecs, block);
-            if (j1 == *block_end) {
-                for (int q = 0; q < vecs; q++) {
-                    sum[q] = V(add)(sum[q], block[q]);
-                    block[q] = V(zero)();
-                }
-                block_end++;
-            }
-        }
-        for (int q = 0; q < vecs; q++)
-            V(store)(total + q * LANES, V(add)(sum[q], block[q]));
-        /* 3. A = canonical(e * (1 / r)). A sum of r, at least e**0, is NaN if one score is, or one is infinite: then so
-         * is the whole row; else nothing is, and no product is -0.0. */
-        for (int i = 0; i < group; i++) {
-            const REAL *e = s + i * scores_row;
-            REAL *out = (REAL *)out_ + (i0 + i) * out_row, inv = 1 / total[i];
-            const ptrdiff_t n = count[i0 + i];
-            const VEC inverse = V(splat)(&inv);
-            if (inv != inv) {
-                for (ptrdiff_t j = 0; j < n; j += LANES)
-                    V(store_first)(out + j, V(canonical)(inverse), fb_min(LANES, n - j));
-                memset(out + n, 0, (size_t)(width - n) * sizeof(REAL));
-            } else if (stream && (uintptr_t)out % 16 == 0) {
-                FN(scale_row)(1, e, inverse, n, out, width);
+    const ptrdiff_t first = PANEL - (ptrdiff_t)((uintptr_t)out / sizeof(REAL)) % PANEL;
+    VEC square[PANEL_VECS][LANES];
+    ptrdiff_t j = 0, step;
+    queries = fb_min(LANES, queries);
+    for (; j < keys; j += step) {
+        const ptrdiff_t n = fb_min(PANEL, keys - j);
+        step = fb_min(stream && j == 0 ? first : PANEL, width - j);
+        FB_UNROLL
+        for (int v = 0; v < PANEL_VECS; v++) {
+            if (FB_LIKELY(n == PANEL)) {
+                FB_UNROLL
+                for (int i = 0; i < LANES; i++)
+                    square[v][i] = V(mul)(V(load)(e + (j + v * LANES + i) * row), inverse);
             } else {
-                FN(scale_row)(0, e, inverse, n, out, width);
+                for (int i = 0; i < LANES; i++)
+                    square[v][i] = v * LANES + i < n ? V(mul)(V(load)(e + (j + v * LANES + i) * row), inverse) : V(zero)();
             }
+            V(transpose)(square[v]);
+        }
+        if (FB_LIKELY(step == PANEL && queries == LANES)) {
+            FB_UNROLL
+            for (int i = 0; i < LANES; i++) {
+                FB_UNROLL
+                for (int v = 0; v < PANEL_VECS; v++)
+                    put(out + i * out_row + j + v * LANES, square[v][i]);
+            }
+        } else {
+            for (int i = 0; i < queries; i++)
+                for (int v = 0; v < PANEL_VECS && v * LANES < step; v++)
+                    V(store_first)(out + i * out_row + j + v * LANES, square[v][i], fb_min(LANES, step - v * LANES));
         }
     }
-    if (stream)
+    for (ptrdiff_t i = 0; i < queries && j < width; i++, out += out_row) {
+        ptrdiff_t rest = j;
+        for (; rest + LANES <= width; rest += LANES)
+            put(out + rest, V(zero)());
+        if (rest < width)
+            V(store_first)(out + rest, V(zero)(), width - rest);
+    }
+}
+
+static void FN(softmax)(void *scores_, ptrdiff_t row, ptrdiff_t queries, const ptrdiff_t *count, const ptrdiff_t *ends,
+                        double scale_, void *out_, ptrdiff_t out_row, ptrdiff_t width, int stream)
+{
+    const REAL scale = (REAL)scale_, lowest = -INFINITY;
+    const VEC by = V(splat)(&scale);
+    const int lines = stream && (uintptr_t)out_ % 16 == 0 && out_row * sizeof(REAL) % FB_PANEL_BYTES == 0;
+    for (ptrdiff_t i0 = 0; i0 < queries; i0 += PANEL, count += PANEL) {
+        const ptrdiff_t n = fb_min(PANEL, queries - i0), keys = count[n - 1];
+        REAL *s = (REAL *)scores_ + i0, *out = (REAL *)out_ + i0 * out_row, inverse[PANEL];
+        VEC m[PANEL_VECS], sum[PANEL_VECS], block[PANEL_VECS];
+        /* a key that a query may not see is no maximum, and adds exp(-inf) = +0.0 to its chain */
+        for (ptrdiff_t i = 0; i < n; i++)
+            for (ptrdiff_t j = count[i]; j < keys; j++)
+                s[j * row + i] = lowest;
+        /* 1. m */
+        FN(largest)(s, row, keys, by, m);
+        /* 2. e, and r = chain256(e, 1) */
+        FB_UNROLL
+        for (int q = 0; q < PANEL_VECS; q++)
+            sum[q] = V(zero)();
+        const ptrdiff_t *block_end = ends;
+        for (ptrdiff_t j = 0; j < keys; block_end++) {
+            const ptrdiff_t end = fb_min(*block_end, keys);
+            FB_UNROLL
+            for (int q = 0; q < PANEL_VECS; q++)
+                block[q] = V(zero)();
+            for (; j + KEYS <= end; j += KEYS)
+                FN(exp_keys)(KEYS, s + j * row, row, by, m, block);
+            for (; j < end; j++)
+                FN(exp_keys)(1, s + j * row, row, by, m, block);
+            FB_UNROLL
+            for (int q = 0; q < PANEL_VECS; q++)
+                sum[q] = V(add)(sum[q], block[q]);
+        }
+        FB_UNROLL
+        for (int q = 0; q < PANEL_VECS; q++)
+            V(store)(inverse + q * LANES, sum[q]);
+        for (int i = 0; i < PANEL; i++)
+            inverse[i] = 1 / inverse[i];
+        /* 3. A = canonical(e * (1 / r)). A sum of r, at least e**0, is NaN if one score is, or one is infinite: then so
+         * is the whole row; else nothing is, and no product is -0.0. */
+        for (int q = 0; q < PANEL_VECS && q * LANES < n; q++) {
+            const VEC by_inverse = V(load)(inverse + q * LANES);
+            REAL *to = out + q * LANES * out_row;
+            if (lines)
+                FN(scale_keys)(1, s + q * LANES, row, keys, n - q * LANES, by_inverse, to, out_row, width);
+            else
+                FN(scale_keys)(0, s + q * LANES, row, keys, n - q * LANES, by_inverse, to, out_row, width);
+        }
+        for (ptrdiff_t i = 0; i < n; i++)
+            if (inverse[i] != inverse[i]) {
+                for (ptrdiff_t j = 0; j < count[i]; j += LANES)
+                    V(store_first)(out + i * out_row + j, V(canonical)(V(splat)(inverse + i)), fb_min(LANES, count[i] - j));
+                memset(out + i * out_row + count[i], 0, (size_t)(width - count[i]) * sizeof(REAL));
+            }
+    }
+    if (lines)
         V(stream_end)();
 }
+#undef KEYS
 
 /* ---- subnormal numbers (fb_subnormal.c), in integers: the sign, the exponent, the fraction */
 

@@ -7,19 +7,58 @@ enum {
     MIX_COLUMNS = 1024
 };
 
-/* Row i of a product whose block of B has something that is not finite, and that may see only the keys up to i: its own
+void fb_pack_block(const fb_tier *tier, const void *x, ptrdiff_t x_row, const ptrdiff_t *number, fb_panels *block)
+{
+    fb_fp_forget_subnormals();
+    block->finite = tier->pack_rows(x, x_row, number, block->k, block->n, block->data);
+    if (block->finite && fb_fp_met_subnormals())
+        fb_look_at_panels(tier, block);
+}
+
+/* A product whose block of B has something that is not finite, where row i may see its first count[i] - k keys only: its own
  * terms only, for a zero weight would not hide the others. */
-static void product_causal(const fb_tier *tier, const fb_product *whole, ptrdiff_t seen)
+static void product_causal(const fb_tier *tier, const fb_product *whole, const ptrdiff_t *count, ptrdiff_t k)
 {
     fb_product g = *whole;
     g.rows = 1;
-    for (ptrdiff_t i = 0; i < whole->rows; i++, seen++) {
+    for (ptrdiff_t i = 0; i < whole->rows; i++) {
         if (fb_stop(fb_work_of(&g)))
             return;
-        g.unseen = fb_max(0, g.depth - fb_max(0, seen));
+        g.unseen = fb_max(0, g.depth - fb_max(0, count[i] - k));
         tier->product(&g);
         g.a = fb_at(g.a, g.a_row, tier->size);
         g.c = g.t = fb_at(g.c, g.c_row, tier->size);
+    }
+}
+
+void fb_mix_blocks(const fb_tier *tier, const fb_product *whole, fb_panels *blocks, ptrdiff_t n, const ptrdiff_t *count,
+                   void *spare, fb_nonzeros list)
+{
+    ptrdiff_t k = 0;
+    for (ptrdiff_t i = 0; i < n && !fb_stop(0); k += blocks[i++].k) {
+        fb_panels block = blocks[i];
+        fb_product g = *whole;
+        fb_nonzeros own = list;
+        g.a = fb_at(whole->a, k, tier->size);
+        g.next_a = i + 1 < n ? fb_at(g.a, block.k, tier->size) : whole->next_a;
+        g.depth = block.k;
+        g.stage = list.value;
+        g.first = whole->first && i == 0;
+        g.last = whole->last && i == n - 1;
+        if (!count || block.finite) {
+            const fb_left left = fb_fit_both(tier, (fb_left){g.a, g.a_row, 0}, g.rows, &block, list.value, spare);
+            if (left.at == list.value)
+                own.value = NULL;
+            g.a = left.at;
+            g.a_row = left.row;
+        }
+        g.b = fb_at(block.data, whole->first_col * block.k, tier->size);
+        if (count && !block.finite)
+            product_causal(tier, &g, count, k);
+        else
+            fb_product_skipping(tier, &g, block.finite, own);
+        if (!spare)
+            blocks[i] = block;
     }
 }
 
@@ -45,50 +84,29 @@ ptrdiff_t fb_mix_rows(const fb_tier *tier, const fb_mixing *m, ptrdiff_t first_r
     for (ptrdiff_t j = 0; j < features; j += columns)
         for (ptrdiff_t d = 0; d < positions; d += MIX_DEPTH) {
             const ptrdiff_t cols = fb_min(columns, features - j), end = fb_min(d + MIX_DEPTH, positions);
-            fb_panels blocks[MIX_DEPTH / FB_CHAIN], *block = blocks;
+            fb_panels blocks[MIX_DEPTH / FB_CHAIN];
             char *at = packed;
-            for (ptrdiff_t k0 = d; k0 < end && !fb_stop(0); k0 += FB_CHAIN, block++) {
-                *block = (fb_panels){.data = at, .n = cols, .k = fb_min(FB_CHAIN, end - k0)};
-                fb_fp_forget_subnormals();
-                block->finite = tier->pack_rows(fb_at(m->x, k0 * features + j, size), features, block->k, cols,
-                                             m->key_mask ? m->key_mask + k0 : NULL, at);
-                if (block->finite && fb_fp_met_subnormals())
-                    fb_look_at_panels(tier, block);
-                at += block->k * fb_round_up(cols, tier->panel) * size;
+            ptrdiff_t n = 0;
+            for (ptrdiff_t k0 = d; k0 < end && !fb_stop(0); k0 += FB_CHAIN, n++) {
+                blocks[n] = (fb_panels){.data = at, .n = cols, .k = fb_min(FB_CHAIN, end - k0)};
+                fb_pack_block(tier, fb_at(m->x, k0 * features + j, size), features, NULL, &blocks[n]);
+                at += blocks[n].k * fb_round_up(cols, tier->panel) * size;
             }
             for (ptrdiff_t i = 0; i < rows; i += FB_ROWS) {
-                const ptrdiff_t end_row = fb_min(i + FB_ROWS, rows);
-                block = blocks;
-                for (ptrdiff_t k0 = d; k0 < end && !fb_stop(0); k0 += FB_CHAIN, block++) {
-                    const ptrdiff_t row = (first_row + i) * positions;
-                    fb_product g = {
-                        .a = fb_at(m->weights, row + k0, size),
-                        .a_row = positions,
-                        .next_a = fb_at(m->weights, k0 + FB_CHAIN < end ? row + k0 + FB_CHAIN : row + FB_ROWS * positions + d, size),
-                        .b = block->data,
-                        .c = fb_at(out, i * out_row + j, size),
-                        .c_row = out_row,
-                        .t = fb_at(out, i * out_row + j, size),
-                        .t_row = out_row,
-                        .rows = end_row - i,
-                        .cols = fb_min(columns, width - j),
-                        .depth = block->k,
-                        .stage = list.value,
-                        .first = k0 == 0,
-                        .last = k0 + FB_CHAIN >= positions,
-                    };
-                    if (m->causal && !block->finite) {
-                        product_causal(tier, &g, first_row + i + 1 - k0);
-                    } else {
-                        const fb_left left = fb_fit_both(tier, (fb_left){g.a, positions, 0}, g.rows, block, list.value);
-                        fb_nonzeros own = list;
-                        if (left.at == list.value)
-                            own.value = NULL;
-                        g.a = left.at;
-                        g.a_row = left.row;
-                        fb_product_skipping(tier, &g, block->finite, own);
-                    }
-                }
+                const ptrdiff_t row = (first_row + i) * positions + d;
+                fb_mix_blocks(tier, &(fb_product){
+                    .a = fb_at(m->weights, row, size),
+                    .a_row = positions,
+                    .next_a = fb_at(m->weights, row + FB_ROWS * positions, size),
+                    .c = fb_at(out, i * out_row + j, size),
+                    .c_row = out_row,
+                    .t = fb_at(out, i * out_row + j, size),
+                    .t_row = out_row,
+                    .rows = fb_min(FB_ROWS, rows - i),
+                    .cols = fb_min(columns, width - j),
+                    .first = d == 0,
+                    .last = end == positions,
+                }, blocks, n, NULL, NULL, list);
             }
         }
     return arena.used;

@@ -34,10 +34,10 @@ static fb_range range_of_panels(const fb_tier *tier, const fb_panels *b)
     return range;
 }
 
-void fb_look_at_panels(const fb_tier *tier, fb_panels *b)
+void fb_look_at(const fb_tier *tier, fb_panels *b, ptrdiff_t elements)
 {
-    const ptrdiff_t elements = fb_round_up(b->n, tier->panel) * b->k;
-    b->range = range_of_panels(tier, b);
+    b->range = (fb_range){.low = INT_MAX};
+    tier->range(b->data, 0, 1, elements, &b->range);
     b->finite = b->range.high < tier->infinity;
     b->shift = 0;
     /* those that fit into a panel are for product_small, which takes them as they are */
@@ -45,6 +45,11 @@ void fb_look_at_panels(const fb_tier *tier, fb_panels *b)
         tier->raise(b->data, 0, 1, elements, b->data, 0);
         b->shift = tier->shift;
     }
+}
+
+void fb_look_at_panels(const fb_tier *tier, fb_panels *b)
+{
+    fb_look_at(tier, b, fb_round_up(b->n, tier->panel) * b->k);
 }
 
 static fb_left scaled(const fb_tier *tier, fb_left a, ptrdiff_t rows, ptrdiff_t depth, int shift, void *to)
@@ -86,7 +91,7 @@ fb_left fb_fit(const fb_tier *tier, fb_left a, ptrdiff_t rows, const fb_panels *
     return shift ? scaled(tier, a, rows, b->k, shift, to) : a;
 }
 
-fb_left fb_fit_both(const fb_tier *tier, fb_left a, ptrdiff_t rows, fb_panels *b, void *to)
+fb_left fb_fit_both(const fb_tier *tier, fb_left a, ptrdiff_t rows, fb_panels *b, void *to, void *spare)
 {
     const int small = b->range.low == 0 && b->range.high > 0; /* scaled for some rows, perhaps, and not for others */
     if (!b->finite || !(small || worth_looking(tier, a, rows, b)))
@@ -98,7 +103,9 @@ fb_left fb_fit_both(const fb_tier *tier, fb_left a, ptrdiff_t rows, fb_panels *b
     const int shift = shift_for(tier, range, b);
     while (b->shift != -shift) {
         const int up = b->shift < -shift;
-        (up ? tier->raise : tier->lower)(b->data, 0, 1, elements, b->data, 0);
+        void *scaled_to = spare ? spare : b->data;
+        (up ? tier->raise : tier->lower)(b->data, 0, 1, elements, scaled_to, 0);
+        b->data = scaled_to;
         b->shift += up ? tier->shift : -tier->shift;
     }
     return shift ? scaled(tier, a, rows, b->k, shift, to) : a;

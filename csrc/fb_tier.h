@@ -22,7 +22,7 @@ enum {
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 4 panels of B are 16 KB, at home in L1 */
     FB_STEP = 4,         /* nonzeros taken at a time: their offsets are one word, their values one vector */
     FB_FEW_ROWS = 48,    /* fewer rows a thread: cut by columns, so that each weight is read by one thread only */
-    FB_SOFTMAX_ROWS = 16, /* the most lanes of a vector in any tier: they are rows where softmax sums */
+    FB_QUERY_PANELS = 2, /* of queries in a tile of attention: their scores stay in L2 */
     FB_PART_ROWS = 96,   /* rows of a part, where a thread has more than one: each part reads all weights */
     FB_MAX_THREADS = 256,
     /* Elements from one row of a left operand to the next: an odd number of cache lines, so that rows do not all fall
@@ -54,11 +54,8 @@ typedef struct fb_product {
     int first, last, relu;
     ptrdiff_t unseen; /* so many k at the end of the block take no part, whatever A and B hold there */
     int skip; /* B is finite: k where a whole row tile of A is zero, at either end of the block, may be left out */
-    /* NULL, or of each row how many columns matter, not falling, where the first of C is number first_col: the others may be
-     * left as they are */
-    const ptrdiff_t *wanted;
-    ptrdiff_t first_col;
     const void *next_a; /* NULL, or what will be A next, in rows as far apart: fetched in passing; need not exist */
+    ptrdiff_t first_col; /* for fb_matmul and fb_mix_blocks: of B */
     int shift;     /* for fb_matmul: A holds 2^shift times its numbers */
     void *lowered; /* for fb_matmul: scratch for fb_lowered_bytes */
 } fb_product;
@@ -88,8 +85,8 @@ typedef struct fb_tier {
     /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows on. */
     void (*pack)(const void *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel);
     /* The rows of B as they are, B[k, j] = x[k*x_row + j], k < depth, j < cols, as panels of one block; whether all are finite.
-     * keep: NULL, or rows where it is zero are read as +0.0. */
-    int (*pack_rows)(const void *x, ptrdiff_t x_row, ptrdiff_t depth, ptrdiff_t cols, const uint8_t *keep, void *panels);
+     * number: NULL, or the numbers of these rows in x. */
+    int (*pack_rows)(const void *x, ptrdiff_t x_row, const ptrdiff_t *number, ptrdiff_t depth, ptrdiff_t cols, void *panels);
     void (*product)(const fb_product *);
     /* The same from the nonzeros of A only; B must be finite. */
     void (*product_sparse)(const fb_product *, const fb_nonzeros *);
@@ -103,12 +100,12 @@ typedef struct fb_tier {
     void (*sample)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t *span, ptrdiff_t *nonzeros);
     /* out[i,j] = relu(finish(x[i,j], bias[j])) */
     void (*bias_relu)(const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t cols);
-    /* Softmax of `rows` rows of raw scores, scaled: row i over its first count[i] scores; out[i, count[i]:width] = +0.0.
-     * ends[] holds, ascending and closed by width or more, where the blocks of the chain end. The scores are destroyed;
-     * they are memory for whole panels and one more in each row, and for rows in whole numbers of FB_SOFTMAX_ROWS.
+    /* Softmax of raw scores, queries side by side: scores[j * row + i] of key j and query i, scaled, over the first count[i]
+     * keys, not falling, and out[i, j] = its weight; out[i, count[i]:width] = +0.0. ends[] holds, ascending and closed by
+     * PTRDIFF_MAX, where the blocks of the chain end. The scores, memory for whole panels of queries, are destroyed.
      * stream: out is too large to be found in a cache later. */
-    void (*softmax)(void *scores, ptrdiff_t scores_row, void *out, ptrdiff_t out_row, ptrdiff_t rows, ptrdiff_t width,
-                    const ptrdiff_t *count, const ptrdiff_t *ends, double scale, int stream);
+    void (*softmax)(void *scores, ptrdiff_t row, ptrdiff_t queries, const ptrdiff_t *count, const ptrdiff_t *ends,
+                    double scale, void *out, ptrdiff_t out_row, ptrdiff_t width, int stream);
     /* Reads rows of n numbers so that fb_fp_met_subnormals can tell whether one was subnormal, at a tenth of the cost of range. */
     void (*touch)(const void *x, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n);
     /* The range of rows of n numbers, added to *range. */

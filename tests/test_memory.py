@@ -152,3 +152,32 @@ def test_a_call_without_memory_writes_nothing(tmp_path):
     result = run(FAILING, LD_PRELOAD=str(library), SHIM=str(library))
     assert result.returncode == 0, f"exit status {result.returncode}\n{result.stderr}"
     assert int(result.stdout) > 50
+
+
+MANY_POSITIONS = """
+import resource
+import numpy as np
+from fastblock import Block, set_num_threads
+
+make = np.random.default_rng(0).standard_normal
+positions, features, hidden = 20000, 64, 256
+arrays = [make(shape, np.float32) for shape in [(hidden, features), hidden, (features, hidden), features]]
+block = Block(*arrays, w_q=make((64, features), np.float32), w_k=make((64, features), np.float32))
+x, out = make((positions, features), np.float32), np.ones((positions, features), np.float32)
+block(x[:300], out=out[:300])
+set_num_threads(2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+block(x, causal=True, out=out)
+block(x, out=out)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_attention_of_many_positions_needs_no_weights_of_all(tmp_path):
+    """All weights would be 1.6 GB."""
+    result = subprocess.run(
+        [sys.executable, "-c", MANY_POSITIONS], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 64 * 1024

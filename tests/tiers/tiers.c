@@ -461,23 +461,24 @@ static void run_sample(int number)
 
 static void run_softmax(int number)
 {
-    static const ptrdiff_t widths[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 48, 65, 255, 256, 257, 300, 520};
-    const ptrdiff_t width = widths[number % 17], rows = between(1, 18);
-    const ptrdiff_t row = fb_round_up(width, tier->panel) + tier->panel;
-    void *scores = array(fb_round_up(rows, FB_SOFTMAX_ROWS) * row, chance(60) ? GAUSSIAN : (int)between(0, CLASSES - 1));
-    const int in_place = chance(30);
-    const ptrdiff_t out_row = in_place ? row : width + between(0, 3);
-    void *out = in_place ? scores : memory(rows * out_row);
-    ptrdiff_t count[18], ends[4], n = 0;
-    for (ptrdiff_t i = 0; i < rows; i++)
-        count[i] = chance(50) ? width : between(0, width);
-    for (ptrdiff_t end = chance(50) ? 256 : between(0, 256); end < width && n < 3; end += 1 + between(0, 255))
+    static const ptrdiff_t keys_of[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 48, 65, 255, 256, 257, 300, 520};
+    const ptrdiff_t keys = keys_of[number % 17], queries = between(1, 36), row = fb_round_up(queries, tier->panel);
+    void *scores = array(keys * row, chance(60) ? GAUSSIAN : (int)between(0, CLASSES - 1));
+    const ptrdiff_t width = keys + (chance(50) ? 0 : between(0, 20));
+    const ptrdiff_t out_row = chance(50) ? fb_round_up(width, FB_PANEL_BYTES) : width + between(0, 3);
+    void *out = memory(queries * out_row + 4); /* streaming asks for lines, wherever they begin */
+    ptrdiff_t count[36], ends[4], n = 0;
+    count[queries - 1] = chance(80) ? keys : between(0, keys);
+    for (ptrdiff_t i = queries - 2; i >= 0; i--)
+        count[i] = chance(50) ? count[i + 1] : between(0, count[i + 1]);
+    for (ptrdiff_t end = chance(50) ? 256 : between(0, 256); end < keys && n < 3; end += between(0, 255))
         ends[n++] = end;
     ends[n] = PTRDIFF_MAX;
     const double root = 1 / sqrt((double)between(1, 200));
-    tier->softmax(scores, row, out, out_row, rows, width, count, ends, F32 ? (float)root : root, number % 2);
-    for (ptrdiff_t i = 0; i < rows; i++)
-        note_bits(at(out, i * out_row), in_place ? width : out_row);
+    char *to = at(out, chance(50) ? 0 : F32 ? 4 : 2);
+    tier->softmax(scores, row, queries, count, ends, F32 ? (float)root : root, to, out_row, width, number % 2);
+    for (ptrdiff_t i = 0; i < queries; i++)
+        note_bits(at(to, i * out_row), width);
 }
 
 /* ---- whole operations */
