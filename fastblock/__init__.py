@@ -28,7 +28,7 @@ from . import _process  # noqa: F401 (first: see there)
 import os
 import sys
 from binascii import crc32
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 
@@ -41,14 +41,9 @@ try:
         bias_relu,
         down_project,
         feed_forward,
-        get_num_threads,
-        isa,
-        isas,
         mix_positions,
         num_threads,
-        set_num_threads,
         up_project,
-        use_isa,
     )
 except ModuleNotFoundError as error:
     if error.name != "fastblock._core":
@@ -58,8 +53,8 @@ except ModuleNotFoundError as error:
         "the package (pip install .) and start Python in another directory, or install it in place (pip install -e .)."
     ) from error
 from . import reference
-from .block import Block, Stack
-from . import _threadpool  # noqa: F401 (makes the threads visible to threadpoolctl)
+from ._runtime import get_num_threads, isa, isas, set_num_threads, show_config, use_isa
+from .layers import Block, Stack
 
 __version__ = "0.1.0"
 
@@ -123,37 +118,3 @@ def _check_core() -> None:
 
 
 _check_core()
-
-
-@overload
-def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
-@overload
-def show_config(mode: Literal["dicts"]) -> dict[str, Any]: ...
-def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Print what this build of fastblock is, and what it uses on this machine.
-
-    Parameters
-    ----------
-    mode : {"stdout", "dicts"}
-        "stdout" prints, "dicts" returns the same facts as a dictionary, as in `numpy.show_config`.
-
-    Returns
-    -------
-    dict or None
-
-    Examples
-    --------
-    >>> fastblock.show_config(mode="dicts")["arithmetic"]
-    'chain256-v1'
-    """
-    from ._core import _config
-
-    if mode not in ("stdout", "dicts"):
-        raise ValueError(f'mode: expected "stdout" or "dicts", got {mode!r}')
-    facts = {"version": __version__, "arithmetic": ARITHMETIC, **_config()}
-    if mode == "dicts":
-        return facts
-    width = max(map(len, facts))
-    for name, fact in facts.items():
-        print(f"{name:{width}}  {' '.join(fact) if isinstance(fact, list) else fact}")
-    return None

@@ -14,7 +14,7 @@ import numpy as np
 
 from . import __version__, _process, show_config
 from ._files import atomic_write, check_seekable
-from .block import load
+from .layers import load
 
 PART_BYTES = 2**24  # of a batch, at most, that are read, computed and written together
 

@@ -14,7 +14,6 @@ in the code: then a call without it is told its name, which Cython's own message
 
 import operator
 import os
-import platform
 import threading
 import time
 
@@ -1189,9 +1188,10 @@ cdef int signals_raise() noexcept nogil:
 fb_set_interrupt(signals_raise)
 
 
-# ---- tiers and configuration
+# ---- tiers and threads, for _runtime
 
-cdef list tiers(bint usable):
+def _tiers(usable):
+    """The names of the tiers of this CPU, or of this build, fastest first."""
     names, i = [], 0
     while fb_isa_name(i) != NULL:
         if (fb_isa_usable(i) if usable else fb_isa_compiled(i)):
@@ -1200,79 +1200,31 @@ cdef list tiers(bint usable):
     return names
 
 
-def isas():
-    """isas()\n--\n\n\
-    The names of the tiers (instruction sets) that this CPU can run, fastest first.
-
-    Examples
-    --------
-    >>> import fastblock
-    >>> fastblock.isas()[-1]
-    'portable'
-    """
-    return tiers(True)
+def _isa():
+    """The name of the tier in use; None if the environment names one that is missing."""
+    return None if fb_isa() < 0 else fb_isa_name(fb_isa()).decode()
 
 
-def isa():
-    """isa()\n--\n\n\
-    The name of the tier in use.
-
-    Examples
-    --------
-    >>> import fastblock
-    >>> fastblock.isa() in fastblock.isas()
-    True
-    """
-    return fb_isa_name(fb_isa()).decode()
-
-
-def use_isa(name=_nothing):
-    """use_isa(name)\n--\n\n\
-    Use the tier `name` from now on, in the whole process. The results are the same bits in every tier.
-
-    Parameters
-    ----------
-    name : str
-        One of `isas()`. The environment variable ``FASTBLOCK_ISA`` sets it at import.
-
-    Raises
-    ------
-    ValueError
-        If this CPU or this build does not have the tier; nothing is changed then.
-    TypeError
-        If `name` is no str.
-
-    Examples
-    --------
-    >>> import fastblock
-    >>> fastblock.use_isa(fastblock.isas()[0])
-    """
+def _use_isa(str name):
+    """Use a tier from now on; whether there is such a tier."""
     cdef int i = 0
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a str, got {type(name).__name__}")
     while fb_isa_name(i) != NULL:
         if fb_isa_name(i).decode() == name and fb_use_isa(i):
-            return
+            return True
         i += 1
-    raise ValueError(f"name: expected one of {', '.join(tiers(True))} (the tiers of this CPU and build), got {name!r}")
+    return False
 
 
-# ---- threads
+def _compiler():
+    return FB_COMPILER.decode()
 
-def get_num_threads():
-    """get_num_threads()\n--\n\n\
-    How many threads a large call may use.
 
-    The number given to `set_num_threads`, else by the environment variable ``FASTBLOCK_NUM_THREADS``, else by
-    ``OMP_NUM_THREADS``, else the CPUs that this process may use (affinity and cgroup quota).
-
-    Examples
-    --------
-    >>> import fastblock
-    >>> fastblock.get_num_threads() >= 1
-    True
-    """
+def _get_num_threads():
     return fb_get_num_threads()
+
+
+def _set_num_threads(n):
+    fb_set_num_threads(thread_count(n))
 
 
 cdef int thread_count(n) except -1:
@@ -1283,32 +1235,6 @@ cdef int thread_count(n) except -1:
     if count < 1:
         raise ValueError(f"n: expected at least 1 thread, got {count}")
     return min(count, 256)
-
-
-def set_num_threads(n=_nothing):
-    """set_num_threads(n)\n--\n\n\
-    Let large calls use up to `n` threads from now on, in the whole process. No result depends on it.
-
-    Parameters
-    ----------
-    n : int
-        At least 1; more than 256 count as 256.
-
-    Raises
-    ------
-    ValueError
-        If `n` is less than 1.
-    TypeError
-        If `n` is no integer.
-
-    Examples
-    --------
-    >>> import fastblock
-    >>> fastblock.set_num_threads(2)
-    >>> fastblock.get_num_threads()
-    2
-    """
-    fb_set_num_threads(thread_count(n))
 
 
 def _quota_cpus(root):
@@ -1368,29 +1294,6 @@ cdef class num_threads:
 _entered = threading.local()  # contexts: what the thread is in, the last one last
 
 
-def _cpu():
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _config():
-    """What show_config() shows of the compiled core."""
-    return {
-        "cpu": _cpu(),
-        "isas_compiled": tiers(False),
-        "isas_usable": tiers(True),
-        "isa": isa(),
-        "threads": get_num_threads(),
-        "compiler": FB_COMPILER.decode(),
-    }
-
-
 # ---- the primitives of the tier in use, for the tests
 
 def _fma(a, b, c):
@@ -1429,12 +1332,3 @@ def _peak(dtype, seconds=0.05):
     if not 0.6 < best[0] / best[1] < 1.6:
         raise RuntimeError(f"the FMA peak is {best[0]:.1f} GFLOP/s in one loop and {best[1]:.1f} in another: one measures something else")
     return max(best[0], best[1])
-
-
-_requested = os.environ.get("FASTBLOCK_NUM_THREADS")
-if _requested and not (_requested.isascii() and _requested.isdigit() and _requested.strip("0")):
-    raise ImportError(f"FASTBLOCK_NUM_THREADS: expected a number of threads, at least 1, got {_requested[:40]!r}")
-_requested = os.environ.get("FASTBLOCK_ISA")
-if fb_isa() < 0:
-    raise ImportError(f"FASTBLOCK_ISA: expected one of {', '.join(isas())} (the tiers of this CPU and build), "
-                      f"got {_requested!r}")

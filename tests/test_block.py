@@ -13,7 +13,7 @@ import pytest
 
 import fastblock
 from fastblock import _files, reference
-from fastblock.block import PARAMETERS
+from fastblock.layers import PARAMETERS
 
 SHAPES = {"w1": (9, 5), "b1": (9,), "w2": (5, 9), "b2": (5,), "w_q": (3, 5), "w_k": (3, 5), "b_q": (3,), "b_k": (3,)}
 VARIANTS = {
@@ -337,7 +337,7 @@ def test_save_and_load(make, dtype, names, tmp_path, same_bytes):
     for path in (tmp_path / "model.npz", str(tmp_path / "no suffix is added")):
         model.save(path)
         assert_equal_models(type(model).load(path), model, same_bytes)
-        assert_equal_models(fastblock.block.load(path), model, same_bytes)
+        assert_equal_models(fastblock.layers.load(path), model, same_bytes)
     assert sorted(os.listdir(tmp_path)) == ["model.npz", "no suffix is added"]
 
 

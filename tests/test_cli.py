@@ -193,7 +193,7 @@ def test_a_fault_of_the_environment_is_a_sentence(name, value, sentence, how, tm
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("how", [COMMAND, SCRIPT], ids=["-m", "script"])
-@pytest.mark.parametrize("module", ["numpy", "numpy.linalg", "fastblock._core", "fastblock.block", "argparse", "fastblock.__main__"])
+@pytest.mark.parametrize("module", ["numpy", "numpy.linalg", "fastblock._core", "fastblock.layers", "argparse", "fastblock.__main__"])
 def test_an_interrupt_while_modules_are_imported(module, how, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(f"""if True:
         import os, signal, sys
@@ -326,7 +326,7 @@ def run_in_process(directory, monkeypatch, *arguments):
 
 @pytest.mark.parametrize("model", ["block", "stack"])
 def test_run(model, files, same_bytes):
-    loaded = fastblock.block.load(files / f"{model}.npz")
+    loaded = fastblock.layers.load(files / f"{model}.npz")
     x, weights = np.load(files / "x.npy"), np.load(files / "A.npy")
     for arguments, expected in [
         ([], loaded(x)),
@@ -383,13 +383,13 @@ def test_two_arrays_of_one_name_are_refused(model, files):
                 with zipfile.ZipFile(path, "a") as archive:
                     archive.writestr(second, data)
             with pytest.raises(ValueError, match="two arrays have one name"):
-                fastblock.block.load(path)
+                fastblock.layers.load(path)
 
 
 @pytest.mark.parametrize("as_path", [os.fsencode, os.fsdecode, lambda path: path], ids=["bytes", "str", "PathLike"])
 @pytest.mark.parametrize("model", ["block", "stack"])
 def test_any_path_does_for_save_and_load(model, as_path, files):
-    loaded = fastblock.block.load(as_path(files / f"{model}.npz"))
+    loaded = fastblock.layers.load(as_path(files / f"{model}.npz"))
     loaded.save(as_path(files / "saved.npz"))
     assert (files / "saved.npz").read_bytes() == (files / f"{model}.npz").read_bytes()
     with pytest.raises(ValueError, match=r"^" + re.escape(f"{files}/x.npy: expected a file of parameters")):
@@ -412,7 +412,7 @@ def test_messages_have_one_line(files, monkeypatch, capfd):
         assert err.startswith("fastblock: ") and err.count("\n") == 1, err
     for name in ("format.npz", "matrix.npz"):
         with pytest.raises(ValueError) as caught:
-            fastblock.block.load(files / name)
+            fastblock.layers.load(files / name)
         assert "\n" not in str(caught.value)
 
 

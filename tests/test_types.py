@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastblock
-import fastblock.block
+import fastblock.layers
 from fastblock import Block, Stack, reference
 
 F32 = NDArray[np.float32]
@@ -89,7 +89,7 @@ assert_type(len(stack) + stack.features + stack.index(block), int)
 assert_type(stack.dtype, np.dtype[np.float32] | np.dtype[np.float64])
 stack.save("stack.npz")
 assert_type(Stack.load("stack.npz"), Stack)
-assert_type(fastblock.block.load("stack.npz"), Block | Stack)
+assert_type(fastblock.layers.load("stack.npz"), Block | Stack)
 
 # tiers, threads, configuration
 assert_type(fastblock.isas(), list[str])
@@ -148,7 +148,7 @@ reference.relu("x")  # type: ignore
 # The name of a handled exception is gone at run time. The base class of the controller has no types.
 ALLOWED = r"""
 fastblock\.error
-fastblock\._threadpool\.FastblockController
+fastblock\._runtime\.FastblockController
 """
 
 
