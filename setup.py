@@ -57,7 +57,7 @@ setup(
         Extension(
             "fastblock._core",
             sources=["fastblock/_core.pyx", *sorted(glob("csrc/*.c"))],
-            depends=sorted(glob("csrc/*.h")) + sorted(glob("fastblock/*.pxd")),
+            depends=sorted(glob("csrc/*.h") + glob("fastblock/*.px[di]")),
             include_dirs=["csrc", numpy.get_include()],
             define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
             extra_compile_args=compile_args,

@@ -106,7 +106,7 @@ class Block(PackedBlock):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (type(self), _parameters(self)), vars(self) or None
+        return _unpickle, (type(self), self._packed), vars(self) or None
 
     def save(self, path: _Path) -> None:
         """Write the parameters to `path`, an .npz file without pickle, whole or not at all.
@@ -368,10 +368,10 @@ def _has_shape_of_result(array: Any, weights: Any, x: Any) -> bool:
     return shared and array.shape == x.shape
 
 
-def _unpickle(cls, parameters):
-    """A block of a class whose __init__ may take other arguments; pickle brings its attributes."""
+def _unpickle(cls, packed):
+    """A block of a class whose __init__ may take other arguments; pickle and copy bring its attributes."""
     block = PackedBlock.__new__(cls)
-    PackedBlock.__init__(block, **{**dict.fromkeys(PARAMETERS), **parameters})
+    block._adopt(packed)
     return block
 
 

@@ -1,4 +1,4 @@
-"""Mutation testing: small wrong edits of csrc and _core.pyx, one at a time, each of which the tests must notice.
+"""Mutation testing: small wrong edits of csrc and of the Cython sources, one at a time, each of which the tests must notice.
 
     python tests/mutants.py                    every mutant: killed by which test, or survived
     python tests/mutants.py --list             names and files
@@ -660,13 +660,56 @@ MUTANTS = {  # file: (name, old text, new text)
         ),
         ("threads share their memory", "pool.memory + thread * pool.each", "pool.memory"),
     ],
-    "fastblock/_core.pyx": [
+    "fastblock/_block.pxi": [
+        ("out may overlap the key_mask of a block", "&sizes.shape, x, a, mask)", "&sizes.shape, x, a, None)"),
+        ("out may overlap the weights of a block", "&sizes.shape, x, a, mask)", "&sizes.shape, x, None, mask)"),
+        ("out may overlap the x of a block", "&sizes.shape, x, a, mask)", "&sizes.shape, None, a, mask)"),
         (
-            "what is strided is plain",
-            "cnp.PyArray_TYPE(a) == kind and PyArray_ISCARRAY_RO(a)",
-            "cnp.PyArray_TYPE(a) == kind",
+            "an unpacked bias lacks its last element",
+            "memcpy(cnp.PyArray_DATA(b), bias, n * ",
+            "memcpy(cnp.PyArray_DATA(b), bias, (n - 1) * ",
+        ),
+        (
+            "out may overlap x of a projection",
+            "&shape, x, None, None)\n    cdef const void *source = readable(x, name, kind, rows * w.k)",
+            "&shape, None, None, None)\n    cdef const void *source = readable(x, name, kind, rows * w.k)",
+        ),
+        (
+            "out may overlap x of a feed-forward",
+            '&shape, x, None, None)\n    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)',
+            '&shape, None, None, None)\n    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)',
+        ),
+        (
+            "strided weights are packed as they stand",
+            "    w = contiguous(w)\n    cdef const void *data = readable(w, name, kind, n * k)",
+            "    cdef const void *data = cnp.PyArray_DATA(w)",
+        ),
+        (
+            "another dtype than the block's passes",
+            "    if cnp.PyArray_TYPE(array) != kind:\n        dtype =",
+            "    if False:\n        dtype =",
+        ),
+        ("a block can be initialised twice", "if flag_is_set(&self.ready):  # asked", "if False:  # asked"),
+        (
+            "a block without parameters computes",
+            'if not flag_is_set(&self.ready):\n            raise RuntimeError("the block has',
+            'if False:\n            raise RuntimeError("the block has',
+        ),
+        ("a copy of a block is another block", "        return self\n\n    def __deepcopy__", "        return Packed()\n\n    def __deepcopy__"),
+        ("pickles exchange two biases", "self.bias(p.b_q, &p.w_q), self.bias(p.b_k, &p.w_k))", "self.bias(p.b_k, &p.w_k), self.bias(p.b_q, &p.w_q))"),
+    ],
+    "fastblock/_checks.pxd": [
+        (
+            "what is strided is contiguous",
+            "return a if PyArray_ISCARRAY_RO(a) else packed_copy(a)",
+            "return a",
         ),
         ("swapped bytes pass", "    if cnp.PyArray_ISBYTESWAPPED(array):", "    if False:"),
+        (
+            "swapped bytes pass after another array",
+            "\n            and not cnp.PyArray_ISBYTESWAPPED(<cnp.ndarray>a))",
+            ")",
+        ),
         (
             "a strided bias is read as it stands",
             '        raise wrong_shape(name, f"({n},)", bias)\n    return contiguous(bias)',
@@ -675,30 +718,60 @@ MUTANTS = {  # file: (name, old text, new text)
         ("a read-only out is written", "    if not cnp.PyArray_ISWRITEABLE(array):", "    if False:"),
         (
             "overlap from one side only",
-            "return a0 < b0 + cnp.PyArray_NBYTES(b) and b0 < a0 + cnp.PyArray_NBYTES(a)",
-            "return a0 <= b0 and b0 < a0 + cnp.PyArray_NBYTES(a)",
+            "return (a0 < b0 + elements_of(b) * cnp.PyArray_ITEMSIZE(b)",
+            "return (a0 <= b0",
         ),
         (
             "overlap needs two elements",
-            "return a0 < b0 + cnp.PyArray_NBYTES(b)",
-            "return a0 + 8 < b0 + cnp.PyArray_NBYTES(b)",
+            "return (a0 < b0 + elements_of(b)",
+            "return (a0 + 8 < b0 + elements_of(b)",
         ),
-        ("out may overlap the x that is mixed", "target_for(result, (a, x_array))", "target_for(result, (a,))"),
-        ("out may overlap the weights that mix", "target_for(result, (a, x_array))", "target_for(result, (x_array,))"),
-        ("out may overlap a bias", "target_for(result, (x_array, b))", "target_for(result, (x_array,))"),
-        ("out may overlap the key_mask of a block", "target_for(result, (x, a, mask))", "target_for(result, (x, a))"),
-        ("out may overlap the weights of a block", "target_for(result, (x, a, mask))", "target_for(result, (x, mask))"),
+        ("a strided key_mask is read as it stands", "        return contiguous(mask)", "        return mask"),
         (
-            "out may overlap the weights of a small block",
-            " and not overlap(out, x) and not overlap(out, weights)):",
-            " and not overlap(out, x)):",
+            "leading dimensions broadcast one way only",
+            "    return spread_out(a, result[0], lead, own)",
+            "    return contiguous(a)",
         ),
-        ("a strided key_mask is read as it stands", "    return contiguous(key_mask)", "    return key_mask"),
         (
-            "an unpacked bias lacks its last byte",
-            "for i in range(cnp.PyArray_NBYTES(b)):",
-            "for i in range(cnp.PyArray_NBYTES(b) - 1):",
+            "leading dimensions of as many axes are equal",
+            "(own == lead and are_equal(cnp.PyArray_DIMS(a), result.dims, lead))",
+            "own == lead",
         ),
+        ("more leading dimensions do not move the others", "to.dims[i + more] = to.dims[i]", "to.dims[i] = to.dims[i]"),
+        (
+            "leading dimensions broadcast to anything",
+            "elif dims[i] != 1 and dims[i] != to.dims[to.n - n + i]:",
+            "elif False:",
+        ),
+        ("masked arrays pass", " or issubclass(type(a), np.ma.MaskedArray):", ":"),
+        (
+            "an object that lies about its class is an array",
+            "if not cnp.PyArray_Check(a) or issubclass",
+            "if not isinstance(a, np.ndarray) or issubclass",
+        ),
+        (
+            "weights with one leading dimension are shared",
+            "sizes.weights_batch = positions * positions if a_lead else 0",
+            "sizes.weights_batch = positions * positions if a_lead > 1 else 0",
+        ),
+        (
+            "x with one leading dimension is shared",
+            "sizes.x_batch = positions * features if x_lead else 0",
+            "sizes.x_batch = positions * features if x_lead > 1 else 0",
+        ),
+        (
+            "x with one leading dimension is shared by own weights",
+            "sizes.positions * sizes.features if lead else 0",
+            "sizes.positions * sizes.features if lead > 1 else 0",
+        ),
+        ("an array that was resized meanwhile is read", " or elements_of(a) != elements:", ":"),
+        ("anything is true", "    if type(a) is not np.bool_:", "    if False:"),
+        ("sizes overflow", "            raise too_large(dims, n)", "            pass"),
+    ],
+    "fastblock/_core.pyx": [
+        ("out may overlap the x that is mixed", "&sizes.shape, a, x_array, None)", "&sizes.shape, a, None, None)"),
+        ("out may overlap the weights that mix", "&sizes.shape, a, x_array, None)", "&sizes.shape, None, x_array, None)"),
+        ("out may overlap a bias", "&shape, x_array, b, None)", "&shape, x_array, None, None)"),
         (
             "num_threads entered twice forgets",
             "fb_set_own_threads(contexts[-1][1] if contexts else 0)",
@@ -709,56 +782,6 @@ MUTANTS = {  # file: (name, old text, new text)
             "for i in reversed(range(len(contexts))):",
             "for i in range(len(contexts) - 1, len(contexts)):",
         ),
-        ("leading dimensions broadcast one way only", "        if x_lead and x_lead != lead:", "        if False:"),
-        ("masked arrays pass", " or issubclass(type(a), np.ma.MaskedArray):", ":"),
-        (
-            "an object that lies about its class is an array",
-            "if not cnp.PyArray_Check(a) or issubclass",
-            "if not isinstance(a, np.ndarray) or issubclass",
-        ),
-        (
-            "out may overlap x of a projection",
-            "target_for(result, (x,))\n    cdef const void *source = readable(x, name, kind, rows * w.k)",
-            "target_for(result, ())\n    cdef const void *source = readable(x, name, kind, rows * w.k)",
-        ),
-        (
-            "out may overlap x of a feed-forward",
-            'target_for(result, (x,))\n    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)',
-            'target_for(result, ())\n    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)',
-        ),
-        (
-            "causal does not matter to a small block",
-            "if (key_mask is None and causal is False and is_plain(x, kind)",
-            "if (key_mask is None and is_plain(x, kind)",
-        ),
-        (
-            "strided weights are packed as they stand",
-            "    w = contiguous(w)\n    cdef const void *data = readable(w, name, kind, n * k)",
-            "    cdef const void *data = cnp.PyArray_DATA(w)",
-        ),
-        (
-            "weights with one leading dimension are shared",
-            "sizes.weights_batch = sizes.positions * sizes.positions if a_lead else 0",
-            "sizes.weights_batch = sizes.positions * sizes.positions if len(a_lead) > 1 else 0",
-        ),
-        (
-            "x with one leading dimension is shared",
-            "sizes.x_batch = sizes.positions * sizes.features if x_lead else 0",
-            "sizes.x_batch = sizes.positions * sizes.features if len(x_lead) > 1 else 0",
-        ),
-        (
-            "another dtype than the block's passes",
-            "if cnp.PyArray_TYPE(array) != kind_of(self.params.dtype):",
-            "if False:",
-        ),
-        ("a block can be initialised twice", "if flag_is_set(&self.ready):  # asked", "if False:  # asked"),
-        (
-            "a block without parameters computes",
-            'if not flag_is_set(&self.ready):\n            raise RuntimeError("the block has',
-            'if False:\n            raise RuntimeError("the block has',
-        ),
-        ("an array that was resized meanwhile is read", " or cnp.PyArray_SIZE(a) != elements:", ":"),
-        ("anything is true", "    if type(a) is not np.bool_:", "    if False:"),
     ],
 }
 # fmt: skip

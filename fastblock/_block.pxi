@@ -1,0 +1,474 @@
+# Packed parameters and what is computed with them. A part of _core.pyx in a file of its own: a .pxd holds no class.
+
+cdef extern from *:
+    """
+    #include <stdatomic.h>
+
+    /* What was written before it was set is seen by whoever finds it set, with or without a GIL. */
+    typedef struct { atomic_int set; } fb_flag;
+
+    static inline int flag_is_set(fb_flag *flag) { return atomic_load_explicit(&flag->set, memory_order_acquire); }
+    static inline void set_flag(fb_flag *flag) { atomic_store_explicit(&flag->set, 1, memory_order_release); }
+
+    /* Whether a call of `a` is the one of `type`, which no class in between has overridden. */
+    static inline int has_call_of(PyObject *a, PyObject *type) { return Py_TYPE(a)->tp_call == ((PyTypeObject *)type)->tp_call; }
+    """
+    ctypedef struct fb_flag:
+        pass
+    int flag_is_set(fb_flag *) noexcept nogil
+    void set_flag(fb_flag *) noexcept nogil
+    bint has_call_of(object a, object type) noexcept
+
+
+# ---- packing
+
+cdef pack(cnp.ndarray w, str name, int kind, Py_ssize_t n, Py_ssize_t k, fb_panels *out):
+    """Copy a matrix (n, k) into panels."""
+    cdef fb_status status
+    w = contiguous(w)
+    cdef const void *data = readable(w, name, kind, n * k)
+    with nogil:
+        status = fb_panels_pack(dtype_of(kind), data, n, k, k, out)
+    if status == FB_NO_MEMORY:
+        raise MemoryError(f"packed weights of shape ({n}, {k}) cannot be allocated")
+
+
+cdef pack_bias(cnp.ndarray bias, str name, int kind, Py_ssize_t n, void **out):
+    if bias is not None and fb_bias_pack(dtype_of(kind), readable(bias, name, kind, n), n, out):
+        raise MemoryError(f"a packed bias of shape ({n},) cannot be allocated")
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Packed:
+    """Packed parameters. Once filled they never change: copies of a block share them."""
+    cdef fb_params params
+
+    def __dealloc__(self):
+        fb_params_free(&self.params)
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        cdef fb_params *p = &self.params
+        return _pack, (self.matrix(&p.w1), self.bias(p.b1, &p.w1), self.matrix(&p.w2), self.bias(p.b2, &p.w2),
+                       self.matrix(&p.w_q), self.matrix(&p.w_k), self.bias(p.b_q, &p.w_q), self.bias(p.b_k, &p.w_k))
+
+    cdef cnp.ndarray matrix(self, const fb_panels *panels):
+        """A copy of a matrix of weights, or None."""
+        cdef npy_intp dims[2]
+        if panels.data == NULL:
+            return None
+        dims[0], dims[1] = panels.n, panels.k
+        cdef cnp.ndarray w = cnp.PyArray_SimpleNew(2, dims, kind_of(self.params.dtype))
+        fb_panels_unpack(self.params.dtype, panels, cnp.PyArray_DATA(w))
+        return w
+
+    cdef cnp.ndarray bias(self, const void *bias, const fb_panels *panels):
+        """A copy of the bias that goes with a matrix, or None."""
+        cdef npy_intp n = panels.n
+        if bias == NULL:
+            return None
+        cdef cnp.ndarray b = cnp.PyArray_SimpleNew(1, &n, kind_of(self.params.dtype))
+        memcpy(cnp.PyArray_DATA(b), bias, n * cnp.PyArray_ITEMSIZE(b))
+        return b
+
+
+cdef tuple check_feed_forward(object w1, object b1, object w2, object b2, cnp.ndarray first, str first_name):
+    """(w1, b1, w2, b2) as arrays, w1 (F, D), b1 (F), w2 (D, F), b2 (D), and after them type, F and D."""
+    cdef int kind = cnp.PyArray_TYPE(first)
+    w1 = as_array_like(w1, "w1", first, first_name)
+    check_matrix(w1, "w1", "F", "D" if first is w1 else last_dim(first) if cnp.PyArray_NDIM(first) else "D")
+    hidden, features = w1.shape
+    w2 = as_array_like(w2, "w2", first, first_name)
+    check_matrix(w2, "w2", features, hidden)
+    b1, b2 = check_bias(b1, "b1", hidden, first, first_name), check_bias(b2, "b2", features, first, first_name)
+    return w1, b1, w2, b2, kind, hidden, features
+
+
+cdef tuple check_query_key(object w_q, object w_k, object b_q, object b_k, cnp.ndarray first, str first_name,
+                           Py_ssize_t features):
+    """(w_q, w_k, b_q, b_k) as arrays, w_q and w_k (E, D), b_q and b_k (E), and after them type, E and D."""
+    cdef int kind = cnp.PyArray_TYPE(first)
+    w_q = as_array_like(w_q, "w_q", first, first_name)
+    check_matrix(w_q, "w_q", "E", features)
+    width = w_q.shape[0]
+    w_k = as_array_like(w_k, "w_k", first, first_name)
+    check_matrix(w_k, "w_k", width, features)
+    b_q, b_k = check_bias(b_q, "b_q", width, first, first_name), check_bias(b_k, "b_k", width, first, first_name)
+    return w_q, w_k, b_q, b_k, kind, width, features
+
+
+cdef Packed pack_feed_forward(tuple checked, Packed packed):
+    w1, b1, w2, b2, kind, hidden, features = checked
+    packed.params.dtype = dtype_of(kind)
+    pack(w1, "w1", kind, hidden, features, &packed.params.w1)
+    pack(w2, "w2", kind, features, hidden, &packed.params.w2)
+    pack_bias(b1, "b1", kind, hidden, &packed.params.b1)
+    pack_bias(b2, "b2", kind, features, &packed.params.b2)
+    return packed
+
+
+cdef Packed pack_query_key(tuple checked, Packed packed):
+    w_q, w_k, b_q, b_k, kind, width, features = checked
+    packed.params.dtype = dtype_of(kind)
+    pack(w_q, "w_q", kind, width, features, &packed.params.w_q)
+    pack(w_k, "w_k", kind, width, features, &packed.params.w_k)
+    pack_bias(b_q, "b_q", kind, width, &packed.params.b_q)
+    pack_bias(b_k, "b_k", kind, width, &packed.params.b_k)
+    return packed
+
+
+def _pack(w1, b1, w2, b2, w_q, w_k, b_q, b_k):
+    """The parameters of a block, checked against each other and packed."""
+    cdef fb_status status
+    first = as_array(w1, "w1")
+    feed_forward_checked = check_feed_forward(first, b1, w2, b2, first, "w1")
+    features = feed_forward_checked[-1]
+    query_key_checked = None
+    if w_q is not None or w_k is not None:
+        for name, w in (("w_q", w_q), ("w_k", w_k)):
+            if w is None:
+                raise ValueError(f"{name}: expected an array of shape (E, {features}), got None: "
+                                 "the query-key module needs both w_q and w_k")
+        query_key_checked = check_query_key(w_q, w_k, b_q, b_k, first, "w1", features)
+    elif b_q is not None or b_k is not None:
+        raise ValueError("b_q, b_k: expected None without w_q and w_k, got an array")
+    cdef Packed packed = pack_feed_forward(feed_forward_checked, Packed())
+    with nogil:
+        status = fb_panels_keep_rows(packed.params.dtype, &packed.params.w2)
+    if status == FB_NO_MEMORY:
+        raise MemoryError(f"packed weights of shape ({packed.params.w2.n}, {packed.params.w2.k}) cannot be allocated")
+    return packed if query_key_checked is None else pack_query_key(query_key_checked, packed)
+
+
+# ---- calls of C, from checked arguments
+
+cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, object out, str name):
+    """out = project(x) for x (..., k)"""
+    check_rows(x, name, w.k)
+    cdef int kind = cnp.PyArray_TYPE(x)
+    cdef Py_ssize_t rows = rows_of(x)
+    cdef Shape shape
+    take_shape(&shape, x, w.n)
+    cdef cnp.ndarray result = check_out(out, &shape, x, name)
+    x = contiguous(x)
+    cdef cnp.ndarray target = target_for(result, out, &shape, x, None, None)
+    cdef const void *source = readable(x, name, kind, rows * w.k)
+    cdef void *destination = writable(target, "out", kind, rows * w.n)
+    cdef PyThreadState *state = leave_python(rows, w.n * w.k)
+    cdef fb_status status = fb_project(dtype_of(kind), source, rows, w, bias, relu, destination)
+    enter_python(state)
+    return deliver(status, target, result, out)
+
+
+cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
+    check_rows(x, "x", params.w1.k)
+    cdef int kind = kind_of(params.dtype)
+    cdef Py_ssize_t rows = rows_of(x)
+    cdef Shape shape
+    take_shape(&shape, x, params.w1.k)
+    cdef cnp.ndarray result = check_out(out, &shape, x, "x")
+    x = contiguous(x)
+    cdef cnp.ndarray target = target_for(result, out, &shape, x, None, None)
+    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)
+    cdef void *destination = writable(target, "out", kind, rows * params.w1.k)
+    cdef PyThreadState *state = leave_python(rows, 2 * params.w1.n * params.w1.k)
+    cdef fb_status status = fb_feed_forward(params, source, rows, destination)
+    enter_python(state)
+    return deliver(status, target, result, out)
+
+
+cdef inline cnp.ndarray of_the_block(object a, str name, int kind):
+    """`a` as an ndarray of the block's dtype."""
+    return <cnp.ndarray>a if is_of_type(a, kind) else as_other_of_the_block(a, name, kind)
+
+
+cdef cnp.ndarray as_other_of_the_block(object a, str name, int kind):
+    cdef cnp.ndarray array = as_array(a, name)
+    if cnp.PyArray_TYPE(array) != kind:
+        dtype = "float32" if kind == cnp.NPY_FLOAT32 else "float64"
+        raise TypeError(f"{name}: expected dtype {dtype} (as the block), got {array.dtype}")
+    return array
+
+
+cdef run_block(const fb_params *params, object x_, object weights, object causal_, object key_mask, object out):
+    """The call of a block."""
+    cdef bint causal = as_bool(causal_, "causal")
+    cdef int kind = kind_of(params.dtype)
+    cdef cnp.ndarray x = of_the_block(x_, "x", kind), a = None, mask = None
+    cdef Sizes sizes
+    if cnp.PyArray_NDIM(x) < 2 or last_dim(x) != params.w1.k:
+        raise wrong_shape("x", f"(..., P, {params.w1.k})", x)
+    if weights is not None:
+        if causal or key_mask is not None:
+            raise ValueError("causal, key_mask: they belong to the block's own query-key module and "
+                             "cannot be combined with weights")
+        a = as_array_like(weights, "weights", x, "x")
+        mixing_sizes(a, x, &sizes)
+    elif params.w_q.data == NULL:
+        raise ValueError("weights: expected an attention weight matrix of shape (..., P, P), got None, and the "
+                         "block has no query-key module of its own (w_q, w_k)")
+    else:
+        own_sizes(x, &sizes)
+        mask = None if key_mask is None else check_key_mask(key_mask, x)
+    cdef cnp.ndarray result = check_out(out, &sizes.shape, x, "x")
+    x = spread(x, &sizes.shape)
+    if a is not None:
+        a = spread(a, &sizes.shape)
+    cdef cnp.ndarray target = target_for(result, out, &sizes.shape, x, a, mask)
+    cdef Py_ssize_t positions = sizes.positions, matrix = positions * params.w1.k
+    cdef const void *source = readable(x, "x", kind, matrices(&sizes, sizes.x_batch) * matrix)
+    cdef const void *mixing = NULL
+    if a is not None:
+        mixing = readable(a, "weights", kind, matrices(&sizes, sizes.weights_batch) * positions * positions)
+    cdef const uint8_t *mask_bytes = mask_data(mask, sizes.batch * positions)
+    cdef void *destination = writable(target, "out", kind, sizes.batch * matrix)
+    cdef PyThreadState *state = leave_python(sizes.batch * positions, params.w1.k * (
+        positions + 2 * params.w1.n + (0 if a is not None else positions + 2 * params.w_q.n)))
+    cdef fb_status status = fb_block(params, sizes.batch, source, sizes.x_batch, positions, mixing, sizes.weights_batch,
+                                     causal, mask_bytes, destination)
+    enter_python(state)
+    return deliver(status, target, result, out)
+
+
+# ---- the block
+
+@cython.no_gc
+@cython.auto_pickle(False)
+cdef class PackedBlock:
+    """PackedBlock(w1, b1, w2, b2, *, w_q=None, w_k=None, b_q=None, b_k=None)\n--\n\n\
+    Parameters of a block, checked, copied and packed once; `fastblock.Block` is its public face.
+
+    They are there from the moment that `ready` is set, and never change again: a call needs no lock.
+    """
+    cdef Packed packed
+    cdef fb_flag ready
+
+    def __init__(self, w1=_nothing, b1=_nothing, w2=_nothing, b2=_nothing, *, w_q=None, w_k=None, b_q=None, b_k=None):
+        """__init__($self, w1, b1, w2, b2, *, w_q=None, w_k=None, b_q=None, b_k=None)\n--\n\n\
+        Check the parameters against each other, and pack them."""
+        self._adopt(_pack(w1, b1, w2, b2, w_q, w_k, b_q, b_k))  # all or nothing: a failure leaves this object as it was
+
+    def _adopt(self, Packed packed not None):
+        """Take packed parameters, once; they are shared, not copied."""
+        with cython.critical_section(self):
+            if flag_is_set(&self.ready):  # asked where nothing can come in between: packing let other threads run
+                raise RuntimeError("a block cannot be initialised twice: make a new one")
+            self.packed = packed
+            set_flag(&self.ready)
+
+    @property
+    def _packed(self):
+        """The packed parameters, for copies and pickles."""
+        self.parameters()
+        return self.packed
+
+    cdef const fb_params *parameters(self) except NULL:
+        if not flag_is_set(&self.ready):
+            raise RuntimeError("the block has no parameters: its __init__ has not been called, or not to its end")
+        return &self.packed.params
+
+    def __call__(self, x=_nothing, weights=None, *, causal=False, key_mask=None, out=None):
+        """__call__($self, x, weights=None, *, causal=False, key_mask=None, out=None)\n--\n\n\
+        Mix the positions of `x`, then send each through the same two layers.
+
+        ::
+
+            y = relu((A x) w1ᵀ + b1) w2ᵀ + b2        A = weights, or softmax((x w_qᵀ + b_q)(x w_kᵀ + b_k)ᵀ / sqrt(E))
+
+        Parameters
+        ----------
+        x : ndarray, shape (..., P, D)
+            Features of the positions, of the block's dtype.
+        weights : ndarray, shape (..., P, P), optional
+            The attention weight matrix A, one or one for each batch item. Without it the block's own query-key module
+            computes A.
+        causal : bool, optional
+            Position i attends to the positions 0 .. i only. Not with `weights`.
+        key_mask : ndarray of bool, shape (..., P), optional
+            True keeps a key. It broadcasts to the shape of `x` without the features. Not with `weights`.
+        out : ndarray, shape (..., P, D), optional
+            Where to put the result. It may overlap an input.
+
+        Returns
+        -------
+        ndarray, shape (..., P, D)
+            `out`, or a new array.
+
+        Raises
+        ------
+        ValueError
+            A shape does not fit; there are `weights` together with `causal` or `key_mask`, or no weights and the block
+            has no query-key module; `out` is read-only.
+        TypeError
+            An argument is no array, or is not of the block's dtype; `causal` is no bool.
+        RuntimeError
+            The block was never initialised.
+
+        Examples
+        --------
+        >>> one = np.eye(2)
+        >>> block = fastblock.Block(one, None, one, None, w_q=one, w_k=one)
+        >>> x = np.array([[0.0, 2.0], [4.0, 0.0]])
+        >>> block(x, np.array([[1.0, 0.0], [0.5, 0.5]]))
+        array([[0., 2.],
+               [2., 1.]])
+        >>> block(x, key_mask=np.array([True, False]))
+        array([[0., 2.],
+               [0., 2.]])
+        """
+        return run_block(self.parameters(), x, weights, causal, key_mask, out)
+
+    def feed_forward(self, x=_nothing, *, out=None):
+        """feed_forward($self, x, *, out=None)\n--\n\n\
+        ``relu(x W1^T + b1) W2^T + b2`` with the packed parameters: both layers, without mixing positions.
+
+        Parameters
+        ----------
+        x : ndarray, shape (..., D)
+        out : ndarray, shape (..., D), optional
+            Where to put the result. It may overlap `x`.
+
+        Returns
+        -------
+        ndarray, shape (..., D)
+            `out`, or a new array.
+
+        See Also
+        --------
+        fastblock.feed_forward : the same for parameters that are used once; errors are the same.
+
+        Examples
+        --------
+        >>> block = fastblock.Block(np.eye(2), np.array([0.0, 0.5]), 2 * np.eye(2), None)
+        >>> block.feed_forward(np.array([[-1.0, 1.0]]))
+        array([[0., 3.]])
+        """
+        cdef const fb_params *params = self.parameters()
+        return run_feed_forward(params, of_the_block(x, "x", kind_of(params.dtype)), out)
+
+    def up_project(self, x=_nothing, *, out=None):
+        """up_project($self, x, *, out=None)\n--\n\n\
+        ``relu(x W1^T + b1)`` with the packed parameters: the first layer.
+
+        Parameters
+        ----------
+        x : ndarray, shape (..., D)
+        out : ndarray, shape (..., F), optional
+            Where to put the result. It may overlap `x`.
+
+        Returns
+        -------
+        ndarray, shape (..., F)
+            `out`, or a new array.
+
+        See Also
+        --------
+        fastblock.up_project : the same for parameters that are used once; errors are the same.
+
+        Examples
+        --------
+        >>> block = fastblock.Block(np.eye(2), np.array([0.0, 0.5]), 2 * np.eye(2), None)
+        >>> block.up_project(np.array([[-1.0, 1.0]]))
+        array([[0. , 1.5]])
+        """
+        cdef const fb_params *params = self.parameters()
+        return project(of_the_block(x, "x", kind_of(params.dtype)), &params.w1, params.b1, True, out, "x")
+
+    def down_project(self, h=_nothing, *, out=None):
+        """down_project($self, h, *, out=None)\n--\n\n\
+        ``h W2^T + b2`` with the packed parameters: the second layer.
+
+        Parameters
+        ----------
+        h : ndarray, shape (..., F)
+        out : ndarray, shape (..., D), optional
+            Where to put the result. It may overlap `h`.
+
+        Returns
+        -------
+        ndarray, shape (..., D)
+            `out`, or a new array.
+
+        See Also
+        --------
+        fastblock.down_project : the same for parameters that are used once; errors are the same.
+
+        Examples
+        --------
+        >>> block = fastblock.Block(np.eye(2), np.array([0.0, 0.5]), 2 * np.eye(2), None)
+        >>> block.down_project(np.array([[0.0, 1.5]]))
+        array([[0., 3.]])
+        """
+        cdef const fb_params *params = self.parameters()
+        return project(of_the_block(h, "h", kind_of(params.dtype)), &params.w2, params.b2, False, out, "h")
+
+    @property
+    def dtype(self):
+        """dtype of the parameters, and of everything the block takes and gives."""
+        return np.dtype(np.float32 if self.parameters().dtype == FB_F32 else np.float64)
+
+    @property
+    def features(self):
+        """D, features of a position."""
+        return self.parameters().w1.k
+
+    @property
+    def hidden(self):
+        """F, hidden units."""
+        return self.parameters().w1.n
+
+    @property
+    def head_width(self):
+        """E, head width of the query-key module; None without one."""
+        cdef const fb_params *params = self.parameters()
+        return None if params.w_q.data == NULL else params.w_q.n
+
+    @property
+    def w1(self):
+        """A copy of the up-projection weights, (F, D)."""
+        return self.packed.matrix(&self.parameters().w1)
+
+    @property
+    def b1(self):
+        """A copy of the up-projection bias, (F,), or None."""
+        cdef const fb_params *params = self.parameters()
+        return self.packed.bias(params.b1, &params.w1)
+
+    @property
+    def w2(self):
+        """A copy of the down-projection weights, (D, F)."""
+        return self.packed.matrix(&self.parameters().w2)
+
+    @property
+    def b2(self):
+        """A copy of the down-projection bias, (D,), or None."""
+        cdef const fb_params *params = self.parameters()
+        return self.packed.bias(params.b2, &params.w2)
+
+    @property
+    def w_q(self):
+        """A copy of the query weights, (E, D), or None."""
+        return self.packed.matrix(&self.parameters().w_q)
+
+    @property
+    def b_q(self):
+        """A copy of the query bias, (E,), or None."""
+        cdef const fb_params *params = self.parameters()
+        return self.packed.bias(params.b_q, &params.w_q)
+
+    @property
+    def w_k(self):
+        """A copy of the key weights, (E, D), or None."""
+        return self.packed.matrix(&self.parameters().w_k)
+
+    @property
+    def b_k(self):
+        """A copy of the key bias, (E,), or None."""
+        cdef const fb_params *params = self.parameters()
+        return self.packed.bias(params.b_k, &params.w_k)
