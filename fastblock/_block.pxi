@@ -472,3 +472,111 @@ cdef class PackedBlock:
         """A copy of the key bias, (E,), or None."""
         cdef const fb_params *params = self.parameters()
         return self.packed.bias(params.b_k, &params.w_k)
+
+
+# ---- the stack
+
+@cython.auto_pickle(False)
+cdef class PackedStack:
+    """Blocks one after another; `fastblock.Stack` is its public face, and checks them."""
+    cdef public tuple _blocks  # set once
+
+    def _made(self):
+        """The blocks; a stack without any is one whose __init__ has not been called, or not to its end."""
+        if not self._blocks:
+            raise RuntimeError("the stack has no blocks: its __init__ has not been called, or not to its end")
+        return self._blocks
+
+    def __call__(self, x=_nothing, weights=None, *, causal=False, key_mask=None, out=None):
+        """__call__($self, x, weights=None, *, causal=False, key_mask=None, out=None)\n--\n\n\
+        Feed `x` through all blocks.
+
+        Parameters
+        ----------
+        x : ndarray, shape (..., P, D)
+        weights : ndarray, shape (..., P, P), or list or tuple of ndarray or None, optional
+            The attention weights: one array for every block, or one for each, where None stands for the
+            block's own query-key module.
+        causal, key_mask
+            As in a call of a `Block`.
+        out : ndarray, shape (..., P, D), optional
+            Where the result goes. It may overlap `x` or `weights`.
+
+        Returns
+        -------
+        ndarray, shape (..., P, D)
+            `out` if it was given.
+
+        Raises
+        ------
+        ValueError
+            The number of weights is not the number of blocks, or as in a call of a `Block`.
+        TypeError
+            As in a call of a `Block`, or a subclass of `Block` has returned something else than an array.
+
+        Examples
+        --------
+        >>> identity = np.eye(2)
+        >>> stack = fastblock.Stack([fastblock.Block(2 * identity, None, identity, None)] * 2)
+        >>> stack(np.ones((1, 2)), [np.array([[1.0]]), np.array([[10.0]])])
+        array([[40., 40.]])
+        """
+        cdef tuple blocks = self._blocks or self._made()
+        cdef Py_ssize_t index, last = len(blocks) - 1
+        cdef bint plain, ours = False  # whether x is an array that this call has made and only plain blocks have seen
+        each = list(weights) if isinstance(weights, (list, tuple)) else None
+        if each is not None and len(each) != last + 1:
+            raise ValueError(f"weights: expected one for each of the {last + 1} blocks, got {len(each)}")
+        if x is _nothing:
+            as_array(x, "x")
+        # Such an array can be written again. A block that overrides __call__ may keep what it is given, and return what
+        # belongs to somebody else.
+        spare = None  # one that is not needed any more
+        for index in range(last + 1):
+            block = blocks[index]
+            mixing = weights if each is None else each[index]
+            plain = has_call_of(block, PackedBlock)
+            target = out if index == last else None
+            if target is None and plain and is_like_result(spare, mixing, x):
+                target = spare
+            try:
+                if plain:
+                    y = run_block((<PackedBlock>block).parameters(), x, mixing, causal, key_mask, target)
+                else:
+                    y = block(x, mixing, causal=causal, key_mask=key_mask, out=target)
+                    y = deliver_any(y, f"the result of blocks[{index}]", target)
+            except Exception as error:
+                error.add_note(f"in block {index} of the stack")
+                raise
+            spare = x if ours and plain else None
+            x, ours = y, plain
+        return x
+
+
+cdef bint is_like_result(object array, object weights, object x) noexcept:
+    """Whether a block gives a result of the shape of `array`, if any; False where that is not plain to see."""
+    if array is None or not PyArray_CheckExact(x):
+        return False
+    cdef cnp.ndarray a = <cnp.ndarray>array, b = <cnp.ndarray>x, w
+    cdef int n = cnp.PyArray_NDIM(b), lead
+    if cnp.PyArray_NDIM(a) != n or not are_equal(cnp.PyArray_DIMS(a), cnp.PyArray_DIMS(b), n):
+        return False
+    if weights is None:
+        return True
+    if not PyArray_CheckExact(weights):
+        return False
+    w = <cnp.ndarray>weights
+    lead = cnp.PyArray_NDIM(w) - 2
+    return lead == 0 or (lead == n - 2 and are_equal(cnp.PyArray_DIMS(w), cnp.PyArray_DIMS(b), lead))
+
+
+cdef deliver_any(object y, str name, object out):
+    """What a call has returned that may do as it likes: checked, and in `out` if that is given."""
+    cdef cnp.ndarray array = as_array(y, name)
+    cdef Shape shape
+    if out is None or y is out:
+        return y
+    shape.n = 0
+    broadcast(&shape, cnp.PyArray_DIMS(array), cnp.PyArray_NDIM(array))
+    cnp.PyArray_CopyInto(check_out(out, &shape, array, name), array)
+    return out

@@ -460,18 +460,6 @@ def attention_weights(x=_nothing, w_q=_nothing, w_k=_nothing, b_q=None, b_k=None
     return deliver(status, target, result, out)
 
 
-def _deliver(y, str name, out):
-    """What a call has returned that may do as it likes: checked, and in `out` if that is given."""
-    cdef cnp.ndarray array = as_array(y, name)
-    cdef Shape shape
-    if out is None or y is out:
-        return y
-    shape.n = 0
-    broadcast(&shape, cnp.PyArray_DIMS(array), cnp.PyArray_NDIM(array))
-    cnp.PyArray_CopyInto(check_out(out, &shape, array, name), array)
-    return out
-
-
 # ---- signals
 
 cdef unsigned long _main_thread = threading.main_thread().ident

@@ -1,27 +1,22 @@
 """`Block` and `Stack`: they own parameters, check them against each other, and keep them in files.
 
-No arithmetic happens here: `_core.PackedBlock` holds the packed parameters and is called directly, without a
-Python frame in between.
+No arithmetic happens here: `_core.PackedBlock` holds the packed parameters, and it and `_core.PackedStack` are called
+directly, without a Python frame in between.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, overload
 
 import numpy as np
 
-from ._core import PackedBlock, _deliver
+from ._core import PackedBlock, PackedStack
 from ._files import read_arrays, write_arrays
 from ._process import one_line
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    _T = TypeVar("_T", np.float32, np.float64)
-    # Not Sequence: at run time it is a list or a tuple that holds one matrix for each block.
-    _EachWeights: TypeAlias = list[NDArray[_T] | None] | list[NDArray[_T]] | tuple[NDArray[_T] | None, ...]
     _Path: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 PARAMETERS = ("w1", "b1", "w2", "b2", "w_q", "w_k", "b_q", "b_k")
@@ -158,7 +153,7 @@ class Block(PackedBlock):
         return _from_file(path, _restore, cls, arrays)
 
 
-class Stack(Sequence[Block]):
+class Stack(PackedStack, Sequence[Block]):
     """Blocks one after another: the output of one is the input of the next.
 
     Every block has parameters of its own; features and dtype are the same in all. A stack is a sequence of its
@@ -185,8 +180,6 @@ class Stack(Sequence[Block]):
     array([[8., 8.]], dtype=float32)
     """
 
-    _blocks: tuple[Block, ...] = ()  # set by __init__, once
-
     def __init__(self, blocks: Iterable[Block]) -> None:
         if self._blocks:
             raise RuntimeError("a stack cannot be initialised twice: make a new one")
@@ -205,79 +198,8 @@ class Stack(Sequence[Block]):
                     raise error(f"blocks[{index}]: expected {name} {first} (as blocks[0]), got {this}")
         self._blocks = blocks
 
-    def _made(self) -> tuple[Block, ...]:
-        """The blocks; a stack without any is one whose __init__ has not been called, or not to its end."""
-        if not self._blocks:
-            raise RuntimeError("the stack has no blocks: its __init__ has not been called, or not to its end")
-        return self._blocks
-
-    def __getstate__(self) -> object:  # pickle and copy
-        self._made()
-        return super().__getstate__()
-
-    def __call__(
-        self,
-        x: NDArray[_T],
-        weights: NDArray[_T] | _EachWeights[_T] | None = None,
-        *,
-        causal: bool | np.bool_ = False,
-        key_mask: NDArray[np.bool_] | None = None,
-        out: NDArray[_T] | None = None,
-    ) -> NDArray[_T]:
-        """Feed `x` through all blocks.
-
-        Parameters
-        ----------
-        x : ndarray, shape (..., P, D)
-        weights : ndarray, shape (..., P, P), or list or tuple of ndarray or None, optional
-            The attention weights: one array for every block, or one for each, where None stands for the
-            block's own query-key module.
-        causal, key_mask
-            As in a call of a `Block`.
-        out : ndarray, shape (..., P, D), optional
-            Where the result goes. It may overlap `x` or `weights`.
-
-        Returns
-        -------
-        ndarray, shape (..., P, D)
-            `out` if it was given.
-
-        Raises
-        ------
-        ValueError
-            The number of weights is not the number of blocks, or as in a call of a `Block`.
-        TypeError
-            As in a call of a `Block`, or a subclass of `Block` has returned something else than an array.
-
-        Examples
-        --------
-        >>> identity = np.eye(2)
-        >>> stack = fastblock.Stack([fastblock.Block(2 * identity, None, identity, None)] * 2)
-        >>> stack(np.ones((1, 2)), [np.array([[1.0]]), np.array([[10.0]])])
-        array([[40., 40.]])
-        """
-        blocks = self._made()
-        each = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(blocks)
-        if len(each) != len(blocks):
-            raise ValueError(f"weights: expected one for each of the {len(blocks)} blocks, got {len(each)}")
-        # Arrays that this call has made and that only plain blocks have seen can be written again. One that overrides
-        # __call__ may keep what it is given, and return what belongs to somebody else.
-        ours, spare = False, None  # whether x is such an array; one that is not needed any more
-        for index, (block, mixing) in enumerate(zip(blocks, each, strict=True)):
-            plain = type(block).__call__ is PackedBlock.__call__
-            target = out if index == len(blocks) - 1 else None
-            if target is None and plain and spare is not None and _has_shape_of_result(spare, mixing, x):
-                target = spare
-            try:
-                y = block(x, mixing, causal=causal, key_mask=key_mask, out=target)
-                if not plain:
-                    y = _deliver(y, f"the result of blocks[{index}]", target)
-            except Exception as error:
-                error.add_note(f"in block {index} of the stack")
-                raise
-            spare = x if ours and plain else None
-            x, ours = y, plain
-        return x
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle_stack, (type(self), self._made()), self.__getstate__()
 
     @property
     def dtype(self) -> np.dtype[np.float32] | np.dtype[np.float64]:
@@ -362,17 +284,17 @@ def _parameters(block):
     return {name: array for name in PARAMETERS if (array := getattr(block, name)) is not None}
 
 
-def _has_shape_of_result(array: Any, weights: Any, x: Any) -> bool:
-    """Whether a block gives a result of the shape of `array`; False where that is not plain to see."""
-    shared = weights is None or type(weights) is np.ndarray and weights.shape[:-2] in ((), x.shape[:-2])
-    return shared and array.shape == x.shape
-
-
 def _unpickle(cls, packed):
     """A block of a class whose __init__ may take other arguments; pickle and copy bring its attributes."""
     block = PackedBlock.__new__(cls)
     block._adopt(packed)
     return block
+
+
+def _unpickle_stack(cls, blocks):
+    stack = PackedStack.__new__(cls)
+    stack._blocks = blocks
+    return stack
 
 
 def _restore(cls, parameters):
