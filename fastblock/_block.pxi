@@ -159,7 +159,7 @@ cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, obj
     x = contiguous(x)
     cdef cnp.ndarray target = target_for(result, out, &shape, x, None, None)
     cdef const void *source = readable(x, name, kind, rows * w.k)
-    cdef void *destination = writable(target, "out", kind, rows * w.n)
+    cdef void *destination = writable(target, out, kind, rows * w.n)
     cdef PyThreadState *state = leave_python(rows, w.n * w.k)
     cdef fb_status status = fb_project(dtype_of(kind), source, rows, w, bias, relu, destination)
     enter_python(state)
@@ -176,7 +176,7 @@ cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
     x = contiguous(x)
     cdef cnp.ndarray target = target_for(result, out, &shape, x, None, None)
     cdef const void *source = readable(x, "x", kind, rows * params.w1.k)
-    cdef void *destination = writable(target, "out", kind, rows * params.w1.k)
+    cdef void *destination = writable(target, out, kind, rows * params.w1.k)
     cdef PyThreadState *state = leave_python(rows, 2 * params.w1.n * params.w1.k)
     cdef fb_status status = fb_feed_forward(params, source, rows, destination)
     enter_python(state)
@@ -185,7 +185,7 @@ cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
 
 cdef inline cnp.ndarray of_the_block(object a, str name, int kind):
     """`a` as an ndarray of the block's dtype."""
-    return <cnp.ndarray>a if is_of_type(a, kind) else as_other_of_the_block(a, name, kind)
+    return <cnp.ndarray>a if usually(is_of_type(a, kind)) else as_other_of_the_block(a, name, kind)
 
 
 cdef cnp.ndarray as_other_of_the_block(object a, str name, int kind):
@@ -217,8 +217,9 @@ cdef run_block(const fb_params *params, object x_, object weights, object causal
         own_sizes(x, &sizes)
         mask = None if key_mask is None else check_key_mask(key_mask, x)
     cdef cnp.ndarray result = check_out(out, &sizes.shape, x, "x")
-    x = spread(x, &sizes.shape)
-    if a is not None:
+    if not usually(is_spread(x, &sizes.shape)):
+        x = spread(x, &sizes.shape)
+    if not usually(a is None or is_spread(a, &sizes.shape)):
         a = spread(a, &sizes.shape)
     cdef cnp.ndarray target = target_for(result, out, &sizes.shape, x, a, mask)
     cdef Py_ssize_t positions = sizes.positions, matrix = positions * params.w1.k
@@ -227,7 +228,7 @@ cdef run_block(const fb_params *params, object x_, object weights, object causal
     if a is not None:
         mixing = readable(a, "weights", kind, matrices(&sizes, sizes.weights_batch) * positions * positions)
     cdef const uint8_t *mask_bytes = mask_data(mask, sizes.batch * positions)
-    cdef void *destination = writable(target, "out", kind, sizes.batch * matrix)
+    cdef void *destination = writable(target, out, kind, sizes.batch * matrix)
     cdef PyThreadState *state = leave_python(sizes.batch * positions, params.w1.k * (
         positions + 2 * params.w1.n + (0 if a is not None else positions + 2 * params.w_q.n)))
     cdef fb_status status = fb_block(params, sizes.batch, source, sizes.x_batch, positions, mixing, sizes.weights_batch,
@@ -268,8 +269,9 @@ cdef class PackedBlock:
         self.parameters()
         return self.packed
 
-    cdef const fb_params *parameters(self) except NULL:
-        if not flag_is_set(&self.ready):
+    @cython.final
+    cdef inline const fb_params *parameters(self) except NULL:
+        if not usually(flag_is_set(&self.ready)):
             raise RuntimeError("the block has no parameters: its __init__ has not been called, or not to its end")
         return &self.packed.params
 

@@ -3,13 +3,34 @@
 
 They work on the dimensions as NumPy has them, without a Python object for a shape: a call with a leading axis takes the
 same way as one without, and as long. What the checks have found holds until Python code runs again; see `readable`.
-What passes is seen in a few instructions, and what does not is a function of its own: so the first is really inlined.
 """
 cimport numpy as cnp
 from libc.stdint cimport uint8_t
 from numpy cimport npy_intp
 
 cdef extern from *:
+    """
+    /* What passes the checks: the compiler keeps the rest out of the way, and does not inline it. */
+    #if defined(__GNUC__)
+    #define usually(x) __builtin_expect(!!(x), 1)
+    #else
+    #define usually(x) (x)
+    #endif
+
+    /* NumPy answers a size that overflows with a ValueError; it is a lack of memory like any other. */
+    static inline PyObject *array_of_shape(int n, const npy_intp *dims, int kind)
+    {
+        PyObject *shape, *array = PyArray_SimpleNew(n, dims, kind);
+        if (!usually(array) && PyErr_ExceptionMatches(PyExc_ValueError) && (shape = PyArray_IntTupleFromIntp(n, dims))) {
+            PyErr_Format(PyExc_MemoryError, "an array of shape %R is larger than the address space", shape);
+            Py_DECREF(shape);
+        }
+        return array;
+    }
+    """
+    object array_of_shape(int n, const npy_intp *dims, int kind)
+    tuple PyArray_IntTupleFromIntp(int n, const npy_intp *dims)
+    bint usually(bint) noexcept
     bint PyArray_CheckExact(object)
     bint PyArray_ISCARRAY_RO(cnp.ndarray)
     bint PyArray_ISCARRAY(cnp.ndarray)
@@ -28,7 +49,7 @@ cdef struct Sizes:
 
 cdef inline cnp.ndarray base_array(object a, str name, str types):
     """`a` as an exact ndarray: what a subclass says of its shape or dtype may not be what C would read."""
-    return <cnp.ndarray>a if PyArray_CheckExact(a) else view_of(a, name, types)
+    return <cnp.ndarray>a if usually(PyArray_CheckExact(a)) else view_of(a, name, types)
 
 
 cdef inline cnp.ndarray view_of(object a, str name, str types):
@@ -60,7 +81,7 @@ cdef inline str remedy(object a, str name, str types):
 
 cdef inline bint as_bool(object a, str name) except -1:
     """A bool of Python or NumPy; anything else has a truth, too, but 'no' is true."""
-    return a is True if a is True or a is False else as_bool_of_numpy(a, name)
+    return a is True if usually(a is True or a is False) else as_bool_of_numpy(a, name)
 
 
 cdef inline bint as_bool_of_numpy(object a, str name) except -1:
@@ -84,7 +105,7 @@ cdef inline cnp.ndarray as_array(object a, str name):
 
 cdef inline cnp.ndarray as_array_like(object a, str name, cnp.ndarray first, str first_name):
     """`a` as an ndarray of the dtype of the first argument."""
-    return <cnp.ndarray>a if is_of_type(a, cnp.PyArray_TYPE(first)) else as_other_like(a, name, first, first_name)
+    return <cnp.ndarray>a if usually(is_of_type(a, cnp.PyArray_TYPE(first))) else as_other_like(a, name, first, first_name)
 
 
 cdef inline bint is_of_type(object a, int kind) noexcept:
@@ -105,10 +126,6 @@ cdef inline tuple shape_of(cnp.ndarray a):
     return (<object>a).shape
 
 
-cdef inline tuple tuple_of(const npy_intp *dims, int n):
-    return tuple([dims[i] for i in range(n)])
-
-
 cdef inline wrong_shape(str name, str expected, cnp.ndarray a):
     return ValueError(f"{name}: expected shape {expected}, got {shape_of(a)}")
 
@@ -120,6 +137,8 @@ cdef inline Py_ssize_t last_dim(cnp.ndarray a) noexcept:
 cdef inline Py_ssize_t product(const npy_intp *dims, int n) noexcept:
     cdef size_t elements = 1
     cdef int i
+    if usually(n == 2):
+        return dims[0] * dims[1]  # 10 ns less for a call of a small block than the loop
     for i in range(n):
         elements *= dims[i]
     return elements
@@ -199,14 +218,14 @@ cdef inline int mixing_sizes(cnp.ndarray a, cnp.ndarray x, Sizes *sizes) except 
     They may be too large for their integers as long as there is no array of the result's shape.
     """
     cdef int a_lead = cnp.PyArray_NDIM(a) - 2, x_lead = cnp.PyArray_NDIM(x) - 2
-    if x_lead < 0 or a_lead < 0:
+    if not usually(x_lead >= 0 and a_lead >= 0):
         return cannot_mix(a, x)
     cdef Py_ssize_t positions = cnp.PyArray_DIM(x, x_lead), features = cnp.PyArray_DIM(x, x_lead + 1)
     cdef Shape *shape = &sizes.shape
     shape.n = 0
     broadcast(shape, cnp.PyArray_DIMS(x), x_lead)
-    if (cnp.PyArray_DIM(a, a_lead) != positions or cnp.PyArray_DIM(a, a_lead + 1) != positions
-            or not broadcast(shape, cnp.PyArray_DIMS(a), a_lead)):
+    if not usually(cnp.PyArray_DIM(a, a_lead) == positions and cnp.PyArray_DIM(a, a_lead + 1) == positions
+                   and broadcast(shape, cnp.PyArray_DIMS(a), a_lead)):
         return cannot_mix(a, x)
     shape.n += 2
     shape.dims[shape.n - 2], shape.dims[shape.n - 1] = positions, features
@@ -243,54 +262,42 @@ cdef inline Py_ssize_t matrices(const Sizes *sizes, Py_ssize_t stride) noexcept:
 
 # ---- arrays that C can read and write
 
-cdef inline int check_size(const npy_intp *dims, int n, Py_ssize_t itemsize) except -1:
-    """NumPy answers a size that overflows with a ValueError; it is a lack of memory like any other."""
-    cdef size_t size = itemsize, dim
-    cdef int i
-    for i in range(n):
-        dim = max(dims[i], 1)
-        # Factors of half the bits cannot overflow; a division takes longer than all the rest.
-        if (size | dim) >> (4 * sizeof(size_t) - 1) and size > (<size_t>-1 >> 1) // dim:
-            raise too_large(dims, n)
-        size *= dim
-    return 0
-
-
-cdef inline too_large(const npy_intp *dims, int n):
-    return MemoryError(f"an array of shape {tuple_of(dims, n)} is larger than the address space")
-
-
-cdef inline cnp.ndarray new_array(int kind, Py_ssize_t itemsize, const Shape *shape):
-    check_size(shape.dims, shape.n, itemsize)
-    return <cnp.ndarray>cnp.PyArray_SimpleNew(shape.n, <npy_intp *>shape.dims, kind)
+cdef inline cnp.ndarray new_array(const Shape *shape, int kind):
+    return <cnp.ndarray>array_of_shape(shape.n, shape.dims, kind)
 
 
 cdef inline cnp.ndarray contiguous(cnp.ndarray a):
     """`a`, or a contiguous and aligned copy of it."""
-    return a if PyArray_ISCARRAY_RO(a) else packed_copy(a)
+    return a if usually(PyArray_ISCARRAY_RO(a)) else packed_copy(a)
 
 
 cdef inline cnp.ndarray packed_copy(cnp.ndarray a):
-    check_size(cnp.PyArray_DIMS(a), cnp.PyArray_NDIM(a), cnp.PyArray_ITEMSIZE(a))
-    return <cnp.ndarray>cnp.PyArray_FROM_OF(a, cnp.NPY_ARRAY_C_CONTIGUOUS | cnp.NPY_ARRAY_ALIGNED)
+    cdef Shape shape
+    take_shape(&shape, a, last_dim(a))
+    return repeated(a, shape)
 
 
 cdef inline cnp.ndarray repeated(cnp.ndarray a, Shape shape):
     """A contiguous array of this shape, to which `a` broadcasts."""
-    cdef cnp.ndarray full = new_array(cnp.PyArray_TYPE(a), cnp.PyArray_ITEMSIZE(a), &shape)
+    cdef cnp.ndarray full = new_array(&shape, cnp.PyArray_TYPE(a))
     cnp.PyArray_CopyInto(full, a)
     return full
 
 
+cdef inline bint is_spread(cnp.ndarray a, const Shape *result) noexcept:
+    """Whether matrices are contiguous, with the leading dimensions of the result, or with none."""
+    cdef int lead = cnp.PyArray_NDIM(a) - 2
+    return PyArray_ISCARRAY_RO(a) and (lead == 0 or (
+        lead == result.n - 2 and are_equal(cnp.PyArray_DIMS(a), result.dims, lead)))
+
+
 cdef inline cnp.ndarray spread(cnp.ndarray a, const Shape *result):
-    """Matrices, contiguous, with the leading dimensions of the result, or with none."""
-    cdef int lead = result.n - 2, own = cnp.PyArray_NDIM(a) - 2
-    if own == 0 or (own == lead and are_equal(cnp.PyArray_DIMS(a), result.dims, lead)):
-        return contiguous(a)
-    return spread_out(a, result[0], lead, own)
-
-
-cdef inline cnp.ndarray spread_out(cnp.ndarray a, Shape shape, int lead, int own):
+    """A copy that is."""
+    cdef Shape shape
+    cdef int i, own = cnp.PyArray_NDIM(a) - 2, lead = result.n - 2 if own else 0
+    shape.n = lead + 2
+    for i in range(lead):
+        shape.dims[i] = result.dims[i]
     shape.dims[lead], shape.dims[lead + 1] = cnp.PyArray_DIM(a, own), cnp.PyArray_DIM(a, own + 1)
     return repeated(a, shape)
 
@@ -317,15 +324,15 @@ cdef inline cnp.ndarray check_key_mask(object key_mask, cnp.ndarray x):
 
 cdef inline cnp.ndarray check_out(object out, const Shape *shape, cnp.ndarray first, str first_name):
     """`out` if given and fit to be written, else a new array."""
-    if out is None:
-        return new_array(cnp.PyArray_TYPE(first), cnp.PyArray_ITEMSIZE(first), shape)
+    if usually(out is None):
+        return new_array(shape, cnp.PyArray_TYPE(first))
     return checked_out(out, shape, first, first_name)
 
 
 cdef inline cnp.ndarray checked_out(object out, const Shape *shape, cnp.ndarray first, str first_name):
     cdef cnp.ndarray array = as_array_like(out, "out", first, first_name)
     if cnp.PyArray_NDIM(array) != shape.n or not are_equal(cnp.PyArray_DIMS(array), shape.dims, shape.n):
-        raise wrong_shape("out", f"{tuple_of(shape.dims, shape.n)}", array)
+        raise wrong_shape("out", f"{PyArray_IntTupleFromIntp(shape.n, shape.dims)}", array)
     if not cnp.PyArray_ISWRITEABLE(array):
         raise ValueError("out: expected a writable array, got a read-only one")
     return array
@@ -343,15 +350,14 @@ cdef inline bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
 cdef inline cnp.ndarray target_for(cnp.ndarray result, object out, const Shape *shape,
                                    cnp.ndarray a, cnp.ndarray b, cnp.ndarray c):
     """The result, or a temporary array if C cannot write it directly or would overwrite an input that it still reads."""
-    if out is None or (PyArray_ISCARRAY(result) and not overlap(result, a) and not overlap(result, b)
-                       and not overlap(result, c)):
-        return result
-    return new_array(cnp.PyArray_TYPE(result), cnp.PyArray_ITEMSIZE(result), shape)
+    return result if usually(out is None or (
+        PyArray_ISCARRAY(result) and not overlap(result, a) and not overlap(result, b) and not overlap(result, c)
+    )) else new_array(shape, cnp.PyArray_TYPE(result))
 
 
 cdef inline const void *readable(cnp.ndarray a, str name, int kind, Py_ssize_t elements) except? NULL:
     """The memory of an array, which must still be what the checks have found: so much of this type, contiguous."""
-    if cnp.PyArray_TYPE(a) != kind or not PyArray_ISCARRAY_RO(a) or elements_of(a) != elements:
+    if not usually(cnp.PyArray_TYPE(a) == kind and PyArray_ISCARRAY_RO(a) and elements_of(a) == elements):
         raise was_changed(name)
     return cnp.PyArray_DATA(a)
 
@@ -360,11 +366,15 @@ cdef inline was_changed(str name):
     return RuntimeError(f"{name}: the array was changed during the call")
 
 
-cdef inline void *writable(cnp.ndarray a, str name, int kind, Py_ssize_t elements) except? NULL:
-    """The same of an array that C writes."""
-    if not PyArray_ISCARRAY(a):
-        raise was_changed(name)
-    return <void *>readable(a, name, kind, elements)
+cdef inline void *writable(cnp.ndarray target, object out, int kind, Py_ssize_t elements) except? NULL:
+    """The same of the array that C writes. One that the call has made itself nobody else knows."""
+    return cnp.PyArray_DATA(target) if usually(out is None) else writable_out(target, kind, elements)
+
+
+cdef inline void *writable_out(cnp.ndarray target, int kind, Py_ssize_t elements) except? NULL:
+    if not usually(PyArray_ISCARRAY(target)):
+        raise was_changed("out")
+    return <void *>readable(target, "out", kind, elements)
 
 
 cdef inline const uint8_t *mask_data(cnp.ndarray key_mask, Py_ssize_t keys) except? NULL:

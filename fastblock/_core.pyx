@@ -148,12 +148,15 @@ def mix_positions(weights=_nothing, x=_nothing, *, out=None):
     cdef Sizes sizes
     mixing_sizes(a, x_array, &sizes)
     cdef cnp.ndarray result = check_out(out, &sizes.shape, x_array, "x")
-    a, x_array = spread(a, &sizes.shape), spread(x_array, &sizes.shape)
+    if not usually(is_spread(a, &sizes.shape)):
+        a = spread(a, &sizes.shape)
+    if not usually(is_spread(x_array, &sizes.shape)):
+        x_array = spread(x_array, &sizes.shape)
     cdef cnp.ndarray target = target_for(result, out, &sizes.shape, a, x_array, None)
     cdef Py_ssize_t positions = sizes.positions, matrix = positions * sizes.features
     cdef const void *mixing = readable(a, "weights", kind, matrices(&sizes, sizes.weights_batch) * positions * positions)
     cdef const void *source = readable(x_array, "x", kind, matrices(&sizes, sizes.x_batch) * matrix)
-    cdef void *destination = writable(target, "out", kind, sizes.batch * matrix)
+    cdef void *destination = writable(target, out, kind, sizes.batch * matrix)
     cdef PyThreadState *state = leave_python(sizes.batch, matrix * positions)
     cdef fb_status status = fb_mix_positions(dtype_of(kind), sizes.batch, mixing, sizes.weights_batch, source,
                                              sizes.x_batch, destination, positions, sizes.features)
@@ -213,7 +216,7 @@ def bias_relu(x=_nothing, bias=_nothing, *, out=None):
     cdef cnp.ndarray target = target_for(result, out, &shape, x_array, b, None)
     cdef const void *source = readable(x_array, "x", kind, rows * hidden)
     cdef const void *bias_data = readable(b, "bias", kind, hidden)
-    cdef void *destination = writable(target, "out", kind, rows * hidden)
+    cdef void *destination = writable(target, out, kind, rows * hidden)
     cdef PyThreadState *state = leave_python(rows, hidden)
     cdef fb_status status = fb_bias_relu(dtype_of(kind), source, bias_data, destination, rows, hidden)
     enter_python(state)
@@ -453,7 +456,7 @@ def attention_weights(x=_nothing, w_q=_nothing, w_k=_nothing, b_q=None, b_k=None
     cdef Packed packed = pack_query_key(checked, Packed())
     cdef const void *source = readable(x_array, "x", kind, rows * sizes.features)
     cdef const uint8_t *mask_bytes = mask_data(mask, rows)
-    cdef void *destination = writable(target, "out", kind, rows * positions)
+    cdef void *destination = writable(target, out, kind, rows * positions)
     cdef fb_status status
     with nogil:
         status = fb_attention_weights(&packed.params, sizes.batch, source, positions, is_causal, mask_bytes, destination)

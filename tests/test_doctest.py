@@ -16,7 +16,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 PUBLIC = {name: getattr(fastblock, name) for name in fastblock.__all__ if callable(getattr(fastblock, name))}
 METHODS = {
     f"{cls.__name__}.{name}": getattr(cls, name)
-    for cls in (_core.PackedBlock, fastblock.Block, fastblock.Stack)
+    for cls in (_core.PackedBlock, fastblock.Block, _core.PackedStack, fastblock.Stack)
     for name in vars(cls)
     if name == "__call__" or (callable(getattr(cls, name)) and not name.startswith("_"))
 }
