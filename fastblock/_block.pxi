@@ -22,22 +22,6 @@ cdef extern from *:
 
 # ---- packing
 
-cdef pack(cnp.ndarray w, str name, int kind, Py_ssize_t n, Py_ssize_t k, fb_panels *out):
-    """Copy a matrix (n, k) into panels."""
-    cdef fb_status status
-    w = contiguous(w)
-    cdef const void *data = readable(w, name, kind, n * k)
-    with nogil:
-        status = fb_panels_pack(dtype_of(kind), data, n, k, k, out)
-    if status == FB_NO_MEMORY:
-        raise MemoryError(f"packed weights of shape ({n}, {k}) cannot be allocated")
-
-
-cdef pack_bias(cnp.ndarray bias, str name, int kind, Py_ssize_t n, void **out):
-    if bias is not None and fb_bias_pack(dtype_of(kind), readable(bias, name, kind, n), n, out):
-        raise MemoryError(f"a packed bias of shape ({n},) cannot be allocated")
-
-
 @cython.final
 @cython.auto_pickle(False)
 cdef class Packed:
@@ -78,107 +62,90 @@ cdef class Packed:
         return b
 
 
-cdef tuple check_feed_forward(object w1, object b1, object w2, object b2, cnp.ndarray first, str first_name):
-    """(w1, b1, w2, b2) as arrays, w1 (F, D), b1 (F), w2 (D, F), b2 (D), and after them type, F and D."""
-    cdef int kind = cnp.PyArray_TYPE(first)
-    w1 = as_array_like(w1, "w1", first, first_name)
-    check_matrix(w1, "w1", "F", "D" if first is w1 else last_dim(first) if cnp.PyArray_NDIM(first) else "D")
-    hidden, features = w1.shape
-    w2 = as_array_like(w2, "w2", first, first_name)
-    check_matrix(w2, "w2", features, hidden)
-    b1, b2 = check_bias(b1, "b1", hidden, first, first_name), check_bias(b2, "b2", features, first, first_name)
-    return w1, b1, w2, b2, kind, hidden, features
+cdef tuple check_linear(object w, object b, str number, object n, object k, cnp.ndarray first, str first_name):
+    """(w, b, n, k): a matrix w (n, k) and its bias (n,) or None, as arrays; a dimension given as a str is free."""
+    cdef cnp.ndarray weights = as_array_like(w, f"w{number}", first, first_name), bias = None
+    if (cnp.PyArray_NDIM(weights) != 2 or (not isinstance(n, str) and cnp.PyArray_DIM(weights, 0) != n)
+            or (not isinstance(k, str) and cnp.PyArray_DIM(weights, 1) != k)):
+        raise wrong_shape(f"w{number}", f"({n}, {k})", weights)
+    n, k = cnp.PyArray_DIM(weights, 0), cnp.PyArray_DIM(weights, 1)
+    if b is not None:
+        bias = as_array_like(b, f"b{number}", first, first_name)
+        if cnp.PyArray_NDIM(bias) != 1 or cnp.PyArray_DIM(bias, 0) != n:
+            raise wrong_shape(f"b{number}", f"({n},)", bias)
+    return weights, bias, n, k
 
 
-cdef tuple check_query_key(object w_q, object w_k, object b_q, object b_k, cnp.ndarray first, str first_name,
-                           Py_ssize_t features):
-    """(w_q, w_k, b_q, b_k) as arrays, w_q and w_k (E, D), b_q and b_k (E), and after them type, E and D."""
-    cdef int kind = cnp.PyArray_TYPE(first)
-    w_q = as_array_like(w_q, "w_q", first, first_name)
-    check_matrix(w_q, "w_q", "E", features)
-    width = w_q.shape[0]
-    w_k = as_array_like(w_k, "w_k", first, first_name)
-    check_matrix(w_k, "w_k", width, features)
-    b_q, b_k = check_bias(b_q, "b_q", width, first, first_name), check_bias(b_k, "b_k", width, first, first_name)
-    return w_q, w_k, b_q, b_k, kind, width, features
-
-
-cdef Packed pack_feed_forward(tuple checked, Packed packed):
-    w1, b1, w2, b2, kind, hidden, features = checked
-    packed.params.dtype = dtype_of(kind)
-    pack(w1, "w1", kind, hidden, features, &packed.params.w1)
-    pack(w2, "w2", kind, features, hidden, &packed.params.w2)
-    pack_bias(b1, "b1", kind, hidden, &packed.params.b1)
-    pack_bias(b2, "b2", kind, features, &packed.params.b2)
-    return packed
-
-
-cdef Packed pack_query_key(tuple checked, Packed packed):
-    w_q, w_k, b_q, b_k, kind, width, features = checked
-    packed.params.dtype = dtype_of(kind)
-    pack(w_q, "w_q", kind, width, features, &packed.params.w_q)
-    pack(w_k, "w_k", kind, width, features, &packed.params.w_k)
-    pack_bias(b_q, "b_q", kind, width, &packed.params.b_q)
-    pack_bias(b_k, "b_k", kind, width, &packed.params.b_k)
-    return packed
+cdef pack_linear(tuple checked, str number, fb_dtype dtype, fb_panels *panels, void **packed_bias):
+    """Copy a matrix into panels, and its bias."""
+    cdef cnp.ndarray w = contiguous(checked[0]), b = checked[1]
+    cdef Py_ssize_t n = checked[2], k = checked[3]
+    cdef const void *data = readable(w, f"w{number}", kind_of(dtype), n * k)
+    cdef fb_status status
+    with nogil:
+        status = fb_panels_pack(dtype, data, n, k, k, panels)
+    if status == FB_NO_MEMORY:
+        raise MemoryError(f"packed weights of shape ({n}, {k}) cannot be allocated")
+    if b is not None:
+        b = contiguous(b)
+        if fb_bias_pack(dtype, readable(b, f"b{number}", kind_of(dtype), n), n, packed_bias):
+            raise MemoryError(f"a packed bias of shape ({n},) cannot be allocated")
 
 
 def _pack(w1, b1, w2, b2, w_q, w_k, b_q, b_k):
     """The parameters of a block, checked against each other and packed."""
     cdef fb_status status
-    first = as_array(w1, "w1")
-    feed_forward_checked = check_feed_forward(first, b1, w2, b2, first, "w1")
-    features = feed_forward_checked[-1]
-    query_key_checked = None
+    cdef cnp.ndarray first = as_array(w1, "w1")
+    cdef int kind = cnp.PyArray_TYPE(first)
+    up = check_linear(first, b1, "1", "F", "D", first, "w1")
+    hidden, features = up[2:]
+    down, query = check_linear(w2, b2, "2", features, hidden, first, "w1"), None
     if w_q is not None or w_k is not None:
         for name, w in (("w_q", w_q), ("w_k", w_k)):
             if w is None:
                 raise ValueError(f"{name}: expected an array of shape (E, {features}), got None: "
                                  "the query-key module needs both w_q and w_k")
-        query_key_checked = check_query_key(w_q, w_k, b_q, b_k, first, "w1", features)
+        query = check_linear(w_q, b_q, "_q", "E", features, first, "w1")
+        key = check_linear(w_k, b_k, "_k", query[2], features, first, "w1")
     elif b_q is not None or b_k is not None:
         raise ValueError("b_q, b_k: expected None without w_q and w_k, got an array")
-    cdef Packed packed = pack_feed_forward(feed_forward_checked, Packed())
+    cdef Packed packed = Packed()
+    cdef fb_params *p = &packed.params
+    p.dtype = dtype_of(kind)
+    pack_linear(up, "1", p.dtype, &p.w1, &p.b1)
+    pack_linear(down, "2", p.dtype, &p.w2, &p.b2)
     with nogil:
-        status = fb_panels_keep_rows(packed.params.dtype, &packed.params.w2)
+        status = fb_panels_keep_rows(p.dtype, &p.w2)
     if status == FB_NO_MEMORY:
-        raise MemoryError(f"packed weights of shape ({packed.params.w2.n}, {packed.params.w2.k}) cannot be allocated")
-    return packed if query_key_checked is None else pack_query_key(query_key_checked, packed)
+        raise MemoryError(f"packed weights of shape ({p.w2.n}, {p.w2.k}) cannot be allocated")
+    if query is not None:
+        pack_linear(query, "_q", p.dtype, &p.w_q, &p.b_q)
+        pack_linear(key, "_k", p.dtype, &p.w_k, &p.b_k)
+    return packed
 
 
 # ---- calls of C, from checked arguments
 
-cdef project(cnp.ndarray x, const fb_panels *w, const void *bias, bint relu, object out, str name):
-    """out = project(x) for x (..., k)"""
-    check_rows(x, name, w.k)
-    cdef int kind = cnp.PyArray_TYPE(x)
-    cdef Py_ssize_t rows = rows_of(x)
-    cdef Shape shape
-    take_shape(&shape, x, w.n)
-    cdef cnp.ndarray result = check_out(out, &shape, x, name)
-    x = contiguous(x)
-    cdef cnp.ndarray target = target_for(result, out, &shape, x, None, None)
-    cdef const void *source = readable(x, name, kind, rows * w.k)
-    cdef void *destination = writable(target, out, kind, rows * w.n)
-    cdef PyThreadState *state = leave_python(rows, w.n * w.k)
-    cdef fb_status status = fb_project(dtype_of(kind), source, rows, w, bias, relu, destination)
-    enter_python(state)
-    return deliver(status, target, result, out)
-
-
-cdef run_feed_forward(const fb_params *params, cnp.ndarray x, object out):
-    check_rows(x, "x", params.w1.k)
+cdef run_rows(cnp.ndarray x, str name, const fb_params *params, const fb_panels *w, const void *bias, bint relu, object out):
+    """out = project(x) for x (..., k), or without w the whole feed-forward network of params."""
+    cdef Py_ssize_t k = params.w1.k if w == NULL else w.k, n = k if w == NULL else w.n
+    if cnp.PyArray_NDIM(x) < 1 or last_dim(x) != k:
+        raise wrong_shape(name, f"(..., {k})", x)
     cdef int kind = kind_of(params.dtype)
     cdef Py_ssize_t rows = rows_of(x)
     cdef Shape shape
-    take_shape(&shape, x, params.w1.k)
-    cdef cnp.ndarray result = check_out(out, &shape, x, "x")
+    take_shape(&shape, x, n)
+    cdef cnp.ndarray result = check_out(out, &shape, x, name)
     x = contiguous(x)
     cdef cnp.ndarray target = target_for(result, out, &shape, x, None, None)
-    cdef const void *source = readable(x, "x", kind, rows * params.w1.k)
-    cdef void *destination = writable(target, out, kind, rows * params.w1.k)
-    cdef PyThreadState *state = leave_python(rows, 2 * params.w1.n * params.w1.k)
-    cdef fb_status status = fb_feed_forward(params, source, rows, destination)
+    cdef const void *source = readable(x, name, kind, rows * k)
+    cdef void *destination = writable(target, out, kind, rows * n)
+    cdef PyThreadState *state = leave_python(rows, 2 * params.w1.n * k if w == NULL else n * k)
+    cdef fb_status status
+    if w == NULL:
+        status = fb_feed_forward(params, source, rows, destination)
+    else:
+        status = fb_project(params.dtype, source, rows, w, bias, relu, destination)
     enter_python(state)
     return deliver(status, target, result, out)
 
@@ -196,8 +163,9 @@ cdef cnp.ndarray as_other_of_the_block(object a, str name, int kind):
     return array
 
 
-cdef run_block(const fb_params *params, object x_, object weights, object causal_, object key_mask, object out):
-    """The call of a block."""
+cdef run_block(const fb_params *params, object x_, object weights, object causal_, object key_mask, object out,
+               cnp.ndarray spare):
+    """The call of a block. Without `out` the result may go into `spare`, if that has its shape."""
     cdef bint causal = as_bool(causal_, "causal")
     cdef int kind = kind_of(params.dtype)
     cdef cnp.ndarray x = of_the_block(x_, "x", kind), a = None, mask = None
@@ -216,6 +184,8 @@ cdef run_block(const fb_params *params, object x_, object weights, object causal
     else:
         own_sizes(x, &sizes)
         mask = None if key_mask is None else check_key_mask(key_mask, x)
+    if out is None and spare is not None and has_shape(spare, &sizes.shape):
+        out = spare
     cdef cnp.ndarray result = check_out(out, &sizes.shape, x, "x")
     if not usually(is_spread(x, &sizes.shape)):
         x = spread(x, &sizes.shape)
@@ -324,7 +294,7 @@ cdef class PackedBlock:
         array([[0., 2.],
                [0., 2.]])
         """
-        return run_block(self.parameters(), x, weights, causal, key_mask, out)
+        return run_block(self.parameters(), x, weights, causal, key_mask, out, None)
 
     def feed_forward(self, x=_nothing, *, out=None):
         """feed_forward($self, x, *, out=None)\n--\n\n\
@@ -352,7 +322,7 @@ cdef class PackedBlock:
         array([[0., 3.]])
         """
         cdef const fb_params *params = self.parameters()
-        return run_feed_forward(params, of_the_block(x, "x", kind_of(params.dtype)), out)
+        return run_rows(of_the_block(x, "x", kind_of(params.dtype)), "x", params, NULL, NULL, False, out)
 
     def up_project(self, x=_nothing, *, out=None):
         """up_project($self, x, *, out=None)\n--\n\n\
@@ -380,7 +350,7 @@ cdef class PackedBlock:
         array([[0. , 1.5]])
         """
         cdef const fb_params *params = self.parameters()
-        return project(of_the_block(x, "x", kind_of(params.dtype)), &params.w1, params.b1, True, out, "x")
+        return run_rows(of_the_block(x, "x", kind_of(params.dtype)), "x", params, &params.w1, params.b1, True, out)
 
     def down_project(self, h=_nothing, *, out=None):
         """down_project($self, h, *, out=None)\n--\n\n\
@@ -408,7 +378,7 @@ cdef class PackedBlock:
         array([[0., 3.]])
         """
         cdef const fb_params *params = self.parameters()
-        return project(of_the_block(h, "h", kind_of(params.dtype)), &params.w2, params.b2, False, out, "h")
+        return run_rows(of_the_block(h, "h", kind_of(params.dtype)), "h", params, &params.w2, params.b2, False, out)
 
     @property
     def dtype(self):
@@ -439,8 +409,7 @@ cdef class PackedBlock:
     @property
     def b1(self):
         """A copy of the up-projection bias, (F,), or None."""
-        cdef const fb_params *params = self.parameters()
-        return self.packed.bias(params.b1, &params.w1)
+        return self.packed.bias(self.parameters().b1, &self.packed.params.w1)
 
     @property
     def w2(self):
@@ -450,8 +419,7 @@ cdef class PackedBlock:
     @property
     def b2(self):
         """A copy of the down-projection bias, (D,), or None."""
-        cdef const fb_params *params = self.parameters()
-        return self.packed.bias(params.b2, &params.w2)
+        return self.packed.bias(self.parameters().b2, &self.packed.params.w2)
 
     @property
     def w_q(self):
@@ -461,8 +429,7 @@ cdef class PackedBlock:
     @property
     def b_q(self):
         """A copy of the query bias, (E,), or None."""
-        cdef const fb_params *params = self.parameters()
-        return self.packed.bias(params.b_q, &params.w_q)
+        return self.packed.bias(self.parameters().b_q, &self.packed.params.w_q)
 
     @property
     def w_k(self):
@@ -472,8 +439,7 @@ cdef class PackedBlock:
     @property
     def b_k(self):
         """A copy of the key bias, (E,), or None."""
-        cdef const fb_params *params = self.parameters()
-        return self.packed.bias(params.b_k, &params.w_k)
+        return self.packed.bias(self.parameters().b_k, &self.packed.params.w_k)
 
 
 # ---- the stack
@@ -533,43 +499,24 @@ cdef class PackedStack:
             as_array(x, "x")
         # Such an array can be written again. A block that overrides __call__ may keep what it is given, and return what
         # belongs to somebody else.
-        spare = None  # one that is not needed any more
+        cdef cnp.ndarray spare = None  # one that is not needed any more
         for index in range(last + 1):
             block = blocks[index]
             mixing = weights if each is None else each[index]
             plain = has_call_of(block, PackedBlock)
             target = out if index == last else None
-            if target is None and plain and is_like_result(spare, mixing, x):
-                target = spare
             try:
                 if plain:
-                    y = run_block((<PackedBlock>block).parameters(), x, mixing, causal, key_mask, target)
+                    y = run_block((<PackedBlock>block).parameters(), x, mixing, causal, key_mask, target, spare)
                 else:
                     y = block(x, mixing, causal=causal, key_mask=key_mask, out=target)
                     y = deliver_any(y, f"the result of blocks[{index}]", target)
             except Exception as error:
                 error.add_note(f"in block {index} of the stack")
                 raise
-            spare = x if ours and plain else None
+            spare = <cnp.ndarray>x if ours and plain else None
             x, ours = y, plain
         return x
-
-
-cdef bint is_like_result(object array, object weights, object x) noexcept:
-    """Whether a block gives a result of the shape of `array`, if any; False where that is not plain to see."""
-    if array is None or not PyArray_CheckExact(x):
-        return False
-    cdef cnp.ndarray a = <cnp.ndarray>array, b = <cnp.ndarray>x, w
-    cdef int n = cnp.PyArray_NDIM(b), lead
-    if cnp.PyArray_NDIM(a) != n or not are_equal(cnp.PyArray_DIMS(a), cnp.PyArray_DIMS(b), n):
-        return False
-    if weights is None:
-        return True
-    if not PyArray_CheckExact(weights):
-        return False
-    w = <cnp.ndarray>weights
-    lead = cnp.PyArray_NDIM(w) - 2
-    return lead == 0 or (lead == n - 2 and are_equal(cnp.PyArray_DIMS(w), cnp.PyArray_DIMS(b), lead))
 
 
 cdef deliver_any(object y, str name, object out):

@@ -161,6 +161,10 @@ cdef inline bint are_equal(const npy_intp *a, const npy_intp *b, int n) noexcept
     return True
 
 
+cdef inline bint has_shape(cnp.ndarray a, const Shape *shape) noexcept:
+    return cnp.PyArray_NDIM(a) == shape.n and are_equal(cnp.PyArray_DIMS(a), shape.dims, shape.n)
+
+
 cdef inline void take_shape(Shape *shape, cnp.ndarray x, Py_ssize_t last) noexcept:
     """The shape of x, but for its last dimension."""
     cdef int i
@@ -168,31 +172,6 @@ cdef inline void take_shape(Shape *shape, cnp.ndarray x, Py_ssize_t last) noexce
     for i in range(shape.n - 1):
         shape.dims[i] = cnp.PyArray_DIM(x, i)
     shape.dims[shape.n - 1] = last
-
-
-cdef inline int check_rows(cnp.ndarray x, str name, Py_ssize_t features) except -1:
-    """x: (..., features)"""
-    if cnp.PyArray_NDIM(x) < 1 or last_dim(x) != features:
-        raise wrong_shape(name, f"(..., {features})", x)
-    return 0
-
-
-cdef inline int check_matrix(cnp.ndarray w, str name, object n, object k) except -1:
-    """w: (n, k); a dimension given as a str is free."""
-    if (cnp.PyArray_NDIM(w) != 2 or (not isinstance(n, str) and cnp.PyArray_DIM(w, 0) != n)
-            or (not isinstance(k, str) and cnp.PyArray_DIM(w, 1) != k)):
-        raise wrong_shape(name, f"({n}, {k})", w)
-    return 0
-
-
-cdef inline cnp.ndarray check_bias(object b, str name, Py_ssize_t n, cnp.ndarray first, str first_name):
-    """b: (n,) or None"""
-    if b is None:
-        return None
-    cdef cnp.ndarray bias = as_array_like(b, name, first, first_name)
-    if cnp.PyArray_NDIM(bias) != 1 or cnp.PyArray_DIM(bias, 0) != n:
-        raise wrong_shape(name, f"({n},)", bias)
-    return contiguous(bias)
 
 
 cdef inline bint broadcast(Shape *to, const npy_intp *dims, int n) noexcept:
@@ -331,7 +310,7 @@ cdef inline cnp.ndarray check_out(object out, const Shape *shape, cnp.ndarray fi
 
 cdef inline cnp.ndarray checked_out(object out, const Shape *shape, cnp.ndarray first, str first_name):
     cdef cnp.ndarray array = as_array_like(out, "out", first, first_name)
-    if cnp.PyArray_NDIM(array) != shape.n or not are_equal(cnp.PyArray_DIMS(array), shape.dims, shape.n):
+    if not has_shape(array, shape):
         raise wrong_shape("out", f"{PyArray_IntTupleFromIntp(shape.n, shape.dims)}", array)
     if not cnp.PyArray_ISWRITEABLE(array):
         raise ValueError("out: expected a writable array, got a read-only one")

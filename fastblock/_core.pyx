@@ -203,16 +203,17 @@ def bias_relu(x=_nothing, bias=_nothing, *, out=None):
            [3., 0.]])
     """
     cdef cnp.ndarray x_array = as_array(x, "x")
-    cdef cnp.ndarray b = as_array_like(bias, "bias", x_array, "x")  # required: check_bias takes None, too
+    cdef cnp.ndarray b = as_array_like(bias, "bias", x_array, "x")
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape("x", "(..., F)", x_array)
     cdef int kind = cnp.PyArray_TYPE(x_array)
     cdef Py_ssize_t rows = rows_of(x_array), hidden = last_dim(x_array)
-    b = check_bias(b, "bias", hidden, x_array, "x")
+    if cnp.PyArray_NDIM(b) != 1 or cnp.PyArray_DIM(b, 0) != hidden:
+        raise wrong_shape("bias", f"({hidden},)", b)
     cdef Shape shape
     take_shape(&shape, x_array, hidden)
     cdef cnp.ndarray result = check_out(out, &shape, x_array, "x")
-    x_array = contiguous(x_array)
+    x_array, b = contiguous(x_array), contiguous(b)
     cdef cnp.ndarray target = target_for(result, out, &shape, x_array, b, None)
     cdef const void *source = readable(x_array, "x", kind, rows * hidden)
     cdef const void *bias_data = readable(b, "bias", kind, hidden)
@@ -264,7 +265,7 @@ def up_project(x=_nothing, w1=_nothing, b1=None, *, out=None):
     >>> fastblock.up_project(x, np.array([[1.0, 1.0], [1.0, -1.0], [0.0, 3.0]]), np.array([0.0, 0.5, -1.0]))
     array([[3., 0., 5.]])
     """
-    return project_once(x, "x", w1, "w1", "F", b1, "b1", True, out)
+    return project_once(x, "x", w1, b1, "1", out)
 
 
 def down_project(h=_nothing, w2=_nothing, b2=None, *, out=None):
@@ -308,27 +309,23 @@ def down_project(h=_nothing, w2=_nothing, b2=None, *, out=None):
     >>> fastblock.down_project(h, np.array([[1.0, 2.0, -1.0], [0.0, 1.0, 1.0]]), np.array([0.5, 0.0]))
     array([[-1.5,  5. ]])
     """
-    return project_once(h, "h", w2, "w2", "D", b2, "b2", False, out)
+    return project_once(h, "h", w2, b2, "2", out)
 
 
-cdef project_once(object x, str x_name, object w, str w_name, str n_name, object b, str b_name, bint relu, object out):
+cdef project_once(object x, str x_name, object w, object b, str number, object out):
     """up_project and down_project: pack the weights for this one call."""
     cdef cnp.ndarray x_array = as_array(x, x_name)
-    cdef cnp.ndarray w_array = as_array_like(w, w_name, x_array, x_name)
     if cnp.PyArray_NDIM(x_array) < 1:
-        raise wrong_shape(x_name, f"(..., {'D' if relu else 'F'})", x_array)
-    check_matrix(w_array, w_name, n_name, last_dim(x_array))
-    cdef int kind = cnp.PyArray_TYPE(x_array)
-    cdef Py_ssize_t n = cnp.PyArray_DIM(w_array, 0), k = last_dim(x_array)
-    cdef cnp.ndarray bias = check_bias(b, b_name, n, x_array, x_name)
+        raise wrong_shape(x_name, f"(..., {'D' if number == '1' else 'F'})", x_array)
+    checked = check_linear(w, b, number, "F" if number == "1" else "D", last_dim(x_array), x_array, x_name)
     cdef Shape shape
-    take_shape(&shape, x_array, n)
+    take_shape(&shape, x_array, checked[2])
     cdef cnp.ndarray result = check_out(out, &shape, x_array, x_name)
     cdef Packed packed = Packed()
-    packed.params.dtype = dtype_of(kind)
-    pack(w_array, w_name, kind, n, k, &packed.params.w1)
-    pack_bias(bias, b_name, kind, n, &packed.params.b1)
-    return project(x_array, &packed.params.w1, packed.params.b1, relu, result if out is None else out, x_name)
+    cdef fb_params *p = &packed.params
+    p.dtype = dtype_of(cnp.PyArray_TYPE(x_array))
+    pack_linear(checked, number, p.dtype, &p.w1, &p.b1)
+    return run_rows(x_array, x_name, p, &p.w1, p.b1, number == "1", result if out is None else out)
 
 
 def feed_forward(x=_nothing, w1=_nothing, b1=_nothing, w2=_nothing, b2=_nothing, *, out=None):
@@ -380,12 +377,17 @@ def feed_forward(x=_nothing, w1=_nothing, b1=_nothing, w2=_nothing, b2=_nothing,
     cdef cnp.ndarray x_array = as_array(x, "x")
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape("x", "(..., D)", x_array)
-    checked = check_feed_forward(w1, b1, w2, b2, x_array, "x")
+    up = check_linear(w1, b1, "1", "F", last_dim(x_array), x_array, "x")
+    down = check_linear(w2, b2, "2", up[3], up[2], x_array, "x")
     cdef Shape shape
     take_shape(&shape, x_array, last_dim(x_array))
     cdef cnp.ndarray result = check_out(out, &shape, x_array, "x")
-    cdef Packed packed = pack_feed_forward(checked, Packed())
-    return run_feed_forward(&packed.params, x_array, result if out is None else out)
+    cdef Packed packed = Packed()
+    cdef fb_params *p = &packed.params
+    p.dtype = dtype_of(cnp.PyArray_TYPE(x_array))
+    pack_linear(up, "1", p.dtype, &p.w1, &p.b1)
+    pack_linear(down, "2", p.dtype, &p.w2, &p.b2)
+    return run_rows(x_array, "x", p, NULL, NULL, False, result if out is None else out)
 
 
 def attention_weights(x=_nothing, w_q=_nothing, w_k=_nothing, b_q=None, b_k=None, *, causal=False, key_mask=None,
@@ -447,19 +449,24 @@ def attention_weights(x=_nothing, w_q=_nothing, w_k=_nothing, b_q=None, b_k=None
     cdef Sizes sizes
     own_sizes(x_array, &sizes)
     cdef Py_ssize_t positions = sizes.positions, rows = sizes.batch * positions
-    checked = check_query_key(w_q, w_k, b_q, b_k, x_array, "x", sizes.features)
+    query = check_linear(w_q, b_q, "_q", "E", sizes.features, x_array, "x")
+    key = check_linear(w_k, b_k, "_k", query[2], sizes.features, x_array, "x")
     cdef cnp.ndarray mask = None if key_mask is None else check_key_mask(key_mask, x_array)
     take_shape(&sizes.shape, x_array, positions)
     cdef cnp.ndarray result = check_out(out, &sizes.shape, x_array, "x")
     x_array = contiguous(x_array)
     cdef cnp.ndarray target = target_for(result, out, &sizes.shape, x_array, mask, None)
-    cdef Packed packed = pack_query_key(checked, Packed())
+    cdef Packed packed = Packed()
+    cdef fb_params *p = &packed.params
+    p.dtype = dtype_of(kind)
+    pack_linear(query, "_q", p.dtype, &p.w_q, &p.b_q)
+    pack_linear(key, "_k", p.dtype, &p.w_k, &p.b_k)
     cdef const void *source = readable(x_array, "x", kind, rows * sizes.features)
     cdef const uint8_t *mask_bytes = mask_data(mask, rows)
     cdef void *destination = writable(target, out, kind, rows * positions)
     cdef fb_status status
     with nogil:
-        status = fb_attention_weights(&packed.params, sizes.batch, source, positions, is_causal, mask_bytes, destination)
+        status = fb_attention_weights(p, sizes.batch, source, positions, is_causal, mask_bytes, destination)
     return deliver(status, target, result, out)
 
 
