@@ -20,6 +20,41 @@ cdef extern from *:
     bint has_call_of(object a, object type) noexcept
 
 
+# ---- around a call of C
+
+cdef inline PyThreadState *leave_python(Py_ssize_t rows, Py_ssize_t work) noexcept:
+    """Hand over the GIL unless rows * work multiply-adds are few: then NULL."""
+    return NULL if rows <= KEEP_GIL and work <= KEEP_GIL and rows * work <= KEEP_GIL else PyEval_SaveThread()
+
+
+cdef inline void enter_python(PyThreadState *state) noexcept:
+    if state != NULL:
+        PyEval_RestoreThread(state)
+
+
+cdef int raise_status(fb_status status) except -1:
+    if status == FB_INTERRUPTED:
+        return raised()  # by the signal's handler
+    raise MemoryError("the workspace of the operation cannot be allocated")
+
+
+cdef inline object deliver(fb_status status, cnp.ndarray target, cnp.ndarray result, object out):
+    """The caller's own `out`, of whatever class, or the new array."""
+    if status != FB_OK:
+        raise_status(status)
+    if target is not result:
+        cnp.PyArray_CopyInto(result, target)
+    return result if out is None else out
+
+
+cdef inline fb_dtype dtype_of(int kind) noexcept nogil:
+    return FB_F32 if kind == cnp.NPY_FLOAT32 else FB_F64
+
+
+cdef inline int kind_of(fb_dtype dtype) noexcept nogil:
+    return cnp.NPY_FLOAT32 if dtype == FB_F32 else cnp.NPY_FLOAT64
+
+
 # ---- packing
 
 @cython.final
@@ -167,12 +202,19 @@ cdef run_block(const fb_params *params, object x_, object weights, object causal
                cnp.ndarray spare):
     """The call of a block. Without `out` the result may go into `spare`, if that has its shape."""
     cdef bint causal = as_bool(causal_, "causal")
-    cdef int kind = kind_of(params.dtype)
-    cdef cnp.ndarray x = of_the_block(x_, "x", kind), a = None, mask = None
-    cdef Sizes sizes
+    cdef cnp.ndarray x = of_the_block(x_, "x", kind_of(params.dtype))
     if cnp.PyArray_NDIM(x) < 2 or last_dim(x) != params.w1.k:
         raise wrong_shape("x", f"(..., P, {params.w1.k})", x)
-    if weights is not None:
+    return mix(params, x, weights, causal, key_mask, out, spare)
+
+
+cdef inline mix(const fb_params *params, cnp.ndarray x, object weights, bint causal, object key_mask, object out,
+                cnp.ndarray spare):
+    """mix_positions, and the layers of `params` after it unless that is NULL."""
+    cdef cnp.ndarray a = None, mask = None
+    cdef int kind = cnp.PyArray_TYPE(x)
+    cdef Sizes sizes
+    if weights is not None or params == NULL:
         if causal or key_mask is not None:
             raise ValueError("causal, key_mask: they belong to the block's own query-key module and "
                              "cannot be combined with weights")
@@ -192,17 +234,23 @@ cdef run_block(const fb_params *params, object x_, object weights, object causal
     if not usually(a is None or is_spread(a, &sizes.shape)):
         a = spread(a, &sizes.shape)
     cdef cnp.ndarray target = target_for(result, out, &sizes.shape, x, a, mask)
-    cdef Py_ssize_t positions = sizes.positions, matrix = positions * params.w1.k
+    cdef Py_ssize_t positions = sizes.positions, features = sizes.features, matrix = positions * features, work = positions
     cdef const void *source = readable(x, "x", kind, matrices(&sizes, sizes.x_batch) * matrix)
     cdef const void *mixing = NULL
     if a is not None:
         mixing = readable(a, "weights", kind, matrices(&sizes, sizes.weights_batch) * positions * positions)
     cdef const uint8_t *mask_bytes = mask_data(mask, sizes.batch * positions)
     cdef void *destination = writable(target, out, kind, sizes.batch * matrix)
-    cdef PyThreadState *state = leave_python(sizes.batch * positions, params.w1.k * (
-        positions + 2 * params.w1.n + (0 if a is not None else positions + 2 * params.w_q.n)))
-    cdef fb_status status = fb_block(params, sizes.batch, source, sizes.x_batch, positions, mixing, sizes.weights_batch,
-                                     causal, mask_bytes, destination)
+    if params != NULL:
+        work += 2 * params.w1.n + (0 if a is not None else positions + 2 * params.w_q.n)
+    cdef PyThreadState *state = leave_python(sizes.batch * positions, features * work)
+    cdef fb_status status
+    if params == NULL:
+        status = fb_mix_positions(dtype_of(kind), sizes.batch, mixing, sizes.weights_batch, source, sizes.x_batch, destination,
+                                  positions, features)
+    else:
+        status = fb_block(params, sizes.batch, source, sizes.x_batch, positions, mixing, sizes.weights_batch, causal,
+                          mask_bytes, destination)
     enter_python(state)
     return deliver(status, target, result, out)
 

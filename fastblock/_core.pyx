@@ -61,41 +61,6 @@ cdef enum:
     KEEP_GIL = 300000
 
 
-# ---- around a call of C
-
-cdef inline PyThreadState *leave_python(Py_ssize_t rows, Py_ssize_t work) noexcept:
-    """Hand over the GIL unless rows * work multiply-adds are few: then NULL."""
-    return NULL if rows <= KEEP_GIL and work <= KEEP_GIL and rows * work <= KEEP_GIL else PyEval_SaveThread()
-
-
-cdef inline void enter_python(PyThreadState *state) noexcept:
-    if state != NULL:
-        PyEval_RestoreThread(state)
-
-
-cdef int raise_status(fb_status status) except -1:
-    if status == FB_INTERRUPTED:
-        return raised()  # by the signal's handler
-    raise MemoryError("the workspace of the operation cannot be allocated")
-
-
-cdef inline object deliver(fb_status status, cnp.ndarray target, cnp.ndarray result, object out):
-    """The caller's own `out`, of whatever class, or the new array."""
-    if status != FB_OK:
-        raise_status(status)
-    if target is not result:
-        cnp.PyArray_CopyInto(result, target)
-    return result if out is None else out
-
-
-cdef inline fb_dtype dtype_of(int kind) noexcept nogil:
-    return FB_F32 if kind == cnp.NPY_FLOAT32 else FB_F64
-
-
-cdef inline int kind_of(fb_dtype dtype) noexcept nogil:
-    return cnp.NPY_FLOAT32 if dtype == FB_F32 else cnp.NPY_FLOAT64
-
-
 include "_block.pxi"
 
 
@@ -143,25 +108,7 @@ def mix_positions(weights=_nothing, x=_nothing, *, out=None):
     array([[11., 22., 33.],
            [10., 20., 30.]], dtype=float32)
     """
-    cdef cnp.ndarray x_array = as_array(x, "x"), a = as_array_like(weights, "weights", x_array, "x")
-    cdef int kind = cnp.PyArray_TYPE(x_array)
-    cdef Sizes sizes
-    mixing_sizes(a, x_array, &sizes)
-    cdef cnp.ndarray result = check_out(out, &sizes.shape, x_array, "x")
-    if not usually(is_spread(a, &sizes.shape)):
-        a = spread(a, &sizes.shape)
-    if not usually(is_spread(x_array, &sizes.shape)):
-        x_array = spread(x_array, &sizes.shape)
-    cdef cnp.ndarray target = target_for(result, out, &sizes.shape, a, x_array, None)
-    cdef Py_ssize_t positions = sizes.positions, matrix = positions * sizes.features
-    cdef const void *mixing = readable(a, "weights", kind, matrices(&sizes, sizes.weights_batch) * positions * positions)
-    cdef const void *source = readable(x_array, "x", kind, matrices(&sizes, sizes.x_batch) * matrix)
-    cdef void *destination = writable(target, out, kind, sizes.batch * matrix)
-    cdef PyThreadState *state = leave_python(sizes.batch, matrix * positions)
-    cdef fb_status status = fb_mix_positions(dtype_of(kind), sizes.batch, mixing, sizes.weights_batch, source,
-                                             sizes.x_batch, destination, positions, sizes.features)
-    enter_python(state)
-    return deliver(status, target, result, out)
+    return mix(NULL, as_array(x, "x"), weights, False, None, out, None)
 
 
 def bias_relu(x=_nothing, bias=_nothing, *, out=None):
