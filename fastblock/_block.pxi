@@ -11,25 +11,16 @@ cdef extern from *:
     static inline void set_flag(fb_flag *flag) { atomic_store_explicit(&flag->set, 1, memory_order_release); }
 
     /* Whether a call of `a` is the one of `type`, which no class in between has overridden. */
-    static inline int has_call_of(PyObject *a, PyObject *type) { return Py_TYPE(a)->tp_call == ((PyTypeObject *)type)->tp_call; }
+    static inline int has_call_of(PyObject *a, PyObject *type)
+    {
+        return Py_TYPE(a)->tp_call == ((PyTypeObject *)type)->tp_call;
+    }
     """
     ctypedef struct fb_flag:
         pass
     int flag_is_set(fb_flag *) noexcept nogil
     void set_flag(fb_flag *) noexcept nogil
     bint has_call_of(object a, object type) noexcept
-
-
-# ---- around a call of C
-
-cdef inline PyThreadState *leave_python(Py_ssize_t rows, Py_ssize_t work) noexcept:
-    """Hand over the GIL unless rows * work multiply-adds are few: then NULL."""
-    return NULL if rows <= KEEP_GIL and work <= KEEP_GIL and rows * work <= KEEP_GIL else PyEval_SaveThread()
-
-
-cdef inline void enter_python(PyThreadState *state) noexcept:
-    if state != NULL:
-        PyEval_RestoreThread(state)
 
 
 cdef int raise_status(fb_status status) except -1:
@@ -97,18 +88,41 @@ cdef class Packed:
         return b
 
 
-cdef tuple check_linear(object w, object b, str number, object n, object k, cnp.ndarray first, str first_name):
-    """(w, b, n, k): a matrix w (n, k) and its bias (n,) or None, as arrays; a dimension given as a str is free."""
-    cdef cnp.ndarray weights = as_array_like(w, f"w{number}", first, first_name), bias = None
-    if (cnp.PyArray_NDIM(weights) != 2 or (not isinstance(n, str) and cnp.PyArray_DIM(weights, 0) != n)
-            or (not isinstance(k, str) and cnp.PyArray_DIM(weights, 1) != k)):
-        raise wrong_shape(f"w{number}", f"({n}, {k})", weights)
-    n, k = cnp.PyArray_DIM(weights, 0), cnp.PyArray_DIM(weights, 1)
-    if b is not None:
-        bias = as_array_like(b, f"b{number}", first, first_name)
-        if cnp.PyArray_NDIM(bias) != 1 or cnp.PyArray_DIM(bias, 0) != n:
-            raise wrong_shape(f"b{number}", f"({n},)", bias)
-    return weights, bias, n, k
+cdef cnp.ndarray check_matrix(object w, str name, object n, object k, cnp.ndarray first, str first_name):
+    """w: (n, k); a dimension given as a str is free."""
+    cdef cnp.ndarray matrix = as_array_like(w, name, first, first_name)
+    if (cnp.PyArray_NDIM(matrix) != 2 or (not isinstance(n, str) and cnp.PyArray_DIM(matrix, 0) != n)
+            or (not isinstance(k, str) and cnp.PyArray_DIM(matrix, 1) != k)):
+        raise wrong_shape(name, f"({n}, {k})", matrix)
+    return matrix
+
+
+cdef cnp.ndarray check_bias(object b, str name, Py_ssize_t n, cnp.ndarray first, str first_name):
+    """b: (n,) or None"""
+    if b is None:
+        return None
+    cdef cnp.ndarray bias = as_array_like(b, name, first, first_name)
+    if cnp.PyArray_NDIM(bias) != 1 or cnp.PyArray_DIM(bias, 0) != n:
+        raise wrong_shape(name, f"({n},)", bias)
+    return bias
+
+
+cdef tuple check_feed_forward(object w1, object b1, object w2, object b2, object k, cnp.ndarray first, str first_name):
+    """(w1 (F, D), b1, F, D) and (w2 (D, F), b2, D, F), checked, D = k."""
+    cdef cnp.ndarray up = check_matrix(w1, "w1", "F", k, first, first_name)
+    cdef Py_ssize_t hidden = cnp.PyArray_DIM(up, 0), features = cnp.PyArray_DIM(up, 1)
+    w2 = check_matrix(w2, "w2", features, hidden, first, first_name)
+    return ((up, check_bias(b1, "b1", hidden, first, first_name), hidden, features),
+            (w2, check_bias(b2, "b2", features, first, first_name), features, hidden))
+
+
+cdef tuple check_query_key(object w_q, object w_k, object b_q, object b_k, object k, cnp.ndarray first, str first_name):
+    """(w_q (E, D), b_q, E, D) and (w_k (E, D), b_k, E, D), checked, D = k."""
+    cdef cnp.ndarray query = check_matrix(w_q, "w_q", "E", k, first, first_name)
+    cdef Py_ssize_t width = cnp.PyArray_DIM(query, 0)
+    w_k = check_matrix(w_k, "w_k", width, k, first, first_name)
+    return ((query, check_bias(b_q, "b_q", width, first, first_name), width, k),
+            (w_k, check_bias(b_k, "b_k", width, first, first_name), width, k))
 
 
 cdef pack_linear(tuple checked, str number, fb_dtype dtype, fb_panels *panels, void **packed_bias):
@@ -132,16 +146,14 @@ def _pack(w1, b1, w2, b2, w_q, w_k, b_q, b_k):
     cdef fb_status status
     cdef cnp.ndarray first = as_array(w1, "w1")
     cdef int kind = cnp.PyArray_TYPE(first)
-    up = check_linear(first, b1, "1", "F", "D", first, "w1")
-    hidden, features = up[2:]
-    down, query = check_linear(w2, b2, "2", features, hidden, first, "w1"), None
+    up, down = check_feed_forward(first, b1, w2, b2, "D", first, "w1")
+    features, query = up[3], None
     if w_q is not None or w_k is not None:
         for name, w in (("w_q", w_q), ("w_k", w_k)):
             if w is None:
                 raise ValueError(f"{name}: expected an array of shape (E, {features}), got None: "
                                  "the query-key module needs both w_q and w_k")
-        query = check_linear(w_q, b_q, "_q", "E", features, first, "w1")
-        key = check_linear(w_k, b_k, "_k", query[2], features, first, "w1")
+        query, key = check_query_key(w_q, w_k, b_q, b_k, features, first, "w1")
     elif b_q is not None or b_k is not None:
         raise ValueError("b_q, b_k: expected None without w_q and w_k, got an array")
     cdef Packed packed = Packed()
@@ -161,7 +173,8 @@ def _pack(w1, b1, w2, b2, w_q, w_k, b_q, b_k):
 
 # ---- calls of C, from checked arguments
 
-cdef run_rows(cnp.ndarray x, str name, const fb_params *params, const fb_panels *w, const void *bias, bint relu, object out):
+cdef run_rows(cnp.ndarray x, str name, const fb_params *params, const fb_panels *w, const void *bias, bint relu,
+              object out):
     """out = project(x) for x (..., k), or without w the whole feed-forward network of params."""
     cdef Py_ssize_t k = params.w1.k if w == NULL else w.k, n = k if w == NULL else w.n
     if cnp.PyArray_NDIM(x) < 1 or last_dim(x) != k:
@@ -234,7 +247,8 @@ cdef inline mix(const fb_params *params, cnp.ndarray x, object weights, bint cau
     if not usually(a is None or is_spread(a, &sizes.shape)):
         a = spread(a, &sizes.shape)
     cdef cnp.ndarray target = target_for(result, out, &sizes.shape, x, a, mask)
-    cdef Py_ssize_t positions = sizes.positions, features = sizes.features, matrix = positions * features, work = positions
+    cdef Py_ssize_t positions = sizes.positions, features = sizes.features, matrix = positions * features
+    cdef Py_ssize_t work = positions
     cdef const void *source = readable(x, "x", kind, matrices(&sizes, sizes.x_batch) * matrix)
     cdef const void *mixing = NULL
     if a is not None:
@@ -246,8 +260,8 @@ cdef inline mix(const fb_params *params, cnp.ndarray x, object weights, bint cau
     cdef PyThreadState *state = leave_python(sizes.batch * positions, features * work)
     cdef fb_status status
     if params == NULL:
-        status = fb_mix_positions(dtype_of(kind), sizes.batch, mixing, sizes.weights_batch, source, sizes.x_batch, destination,
-                                  positions, features)
+        status = fb_mix_positions(dtype_of(kind), sizes.batch, mixing, sizes.weights_batch, source, sizes.x_batch,
+                                  destination, positions, features)
     else:
         status = fb_block(params, sizes.batch, source, sizes.x_batch, positions, mixing, sizes.weights_batch, causal,
                           mask_bytes, destination)

@@ -61,6 +61,18 @@ cdef enum:
     KEEP_GIL = 300000
 
 
+# ---- around a call of C
+
+cdef inline PyThreadState *leave_python(Py_ssize_t rows, Py_ssize_t work) noexcept:
+    """Hand over the GIL unless rows * work multiply-adds are few: then NULL."""
+    return NULL if rows <= KEEP_GIL and work <= KEEP_GIL and rows * work <= KEEP_GIL else PyEval_SaveThread()
+
+
+cdef inline void enter_python(PyThreadState *state) noexcept:
+    if state != NULL:
+        PyEval_RestoreThread(state)
+
+
 include "_block.pxi"
 
 
@@ -155,8 +167,7 @@ def bias_relu(x=_nothing, bias=_nothing, *, out=None):
         raise wrong_shape("x", "(..., F)", x_array)
     cdef int kind = cnp.PyArray_TYPE(x_array)
     cdef Py_ssize_t rows = rows_of(x_array), hidden = last_dim(x_array)
-    if cnp.PyArray_NDIM(b) != 1 or cnp.PyArray_DIM(b, 0) != hidden:
-        raise wrong_shape("bias", f"({hidden},)", b)
+    b = check_bias(b, "bias", hidden, x_array, "x")
     cdef Shape shape
     take_shape(&shape, x_array, hidden)
     cdef cnp.ndarray result = check_out(out, &shape, x_array, "x")
@@ -261,12 +272,15 @@ def down_project(h=_nothing, w2=_nothing, b2=None, *, out=None):
 
 cdef project_once(object x, str x_name, object w, object b, str number, object out):
     """up_project and down_project: pack the weights for this one call."""
-    cdef cnp.ndarray x_array = as_array(x, x_name)
+    cdef cnp.ndarray x_array = as_array(x, x_name), matrix = as_array_like(w, f"w{number}", x_array, x_name)
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape(x_name, f"(..., {'D' if number == '1' else 'F'})", x_array)
-    checked = check_linear(w, b, number, "F" if number == "1" else "D", last_dim(x_array), x_array, x_name)
+    cdef Py_ssize_t k = last_dim(x_array)
+    matrix = check_matrix(matrix, f"w{number}", "F" if number == "1" else "D", k, x_array, x_name)
+    cdef Py_ssize_t n = cnp.PyArray_DIM(matrix, 0)
+    checked = matrix, check_bias(b, f"b{number}", n, x_array, x_name), n, k
     cdef Shape shape
-    take_shape(&shape, x_array, checked[2])
+    take_shape(&shape, x_array, n)
     cdef cnp.ndarray result = check_out(out, &shape, x_array, x_name)
     cdef Packed packed = Packed()
     cdef fb_params *p = &packed.params
@@ -324,8 +338,7 @@ def feed_forward(x=_nothing, w1=_nothing, b1=_nothing, w2=_nothing, b2=_nothing,
     cdef cnp.ndarray x_array = as_array(x, "x")
     if cnp.PyArray_NDIM(x_array) < 1:
         raise wrong_shape("x", "(..., D)", x_array)
-    up = check_linear(w1, b1, "1", "F", last_dim(x_array), x_array, "x")
-    down = check_linear(w2, b2, "2", up[3], up[2], x_array, "x")
+    up, down = check_feed_forward(w1, b1, w2, b2, last_dim(x_array), x_array, "x")
     cdef Shape shape
     take_shape(&shape, x_array, last_dim(x_array))
     cdef cnp.ndarray result = check_out(out, &shape, x_array, "x")
@@ -396,8 +409,7 @@ def attention_weights(x=_nothing, w_q=_nothing, w_k=_nothing, b_q=None, b_k=None
     cdef Sizes sizes
     own_sizes(x_array, &sizes)
     cdef Py_ssize_t positions = sizes.positions, rows = sizes.batch * positions
-    query = check_linear(w_q, b_q, "_q", "E", sizes.features, x_array, "x")
-    key = check_linear(w_k, b_k, "_k", query[2], sizes.features, x_array, "x")
+    query, key = check_query_key(w_q, w_k, b_q, b_k, sizes.features, x_array, "x")
     cdef cnp.ndarray mask = None if key_mask is None else check_key_mask(key_mask, x_array)
     take_shape(&sizes.shape, x_array, positions)
     cdef cnp.ndarray result = check_out(out, &sizes.shape, x_array, "x")

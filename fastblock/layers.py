@@ -22,7 +22,65 @@ if TYPE_CHECKING:
 PARAMETERS = ("w1", "b1", "w2", "b2", "w_q", "w_k", "b_q", "b_k")
 
 
-class Block(PackedBlock):
+class Saved:
+    """What can be kept in a file: a `Block` or a `Stack`."""
+
+    _kind: str  # in the file
+
+    def save(self, path: _Path) -> None:
+        """Write all parameters to `path`, an .npz file without pickle, whole or not at all.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+            No suffix is added.
+
+        Raises
+        ------
+        OSError
+            The file cannot be written; what was there before still is.
+
+        Examples
+        --------
+        >>> block = fastblock.Block(np.eye(2), None, np.eye(2), None)
+        >>> block.save("block.npz")
+        >>> fastblock.Stack([block, block]).save("stack.npz")
+        """
+        write_arrays(path, self._kind, self._arrays())
+
+    @classmethod
+    def load(cls, path: _Path) -> Self:
+        """Read what `save` has written.
+
+        Parameters
+        ----------
+        path : str, bytes or os.PathLike
+
+        Returns
+        -------
+        Block or Stack
+            Of the class that it was asked of, with the same parameters, bit for bit.
+
+        Raises
+        ------
+        ValueError
+            The file is damaged, or something else than what was asked for.
+        OSError
+            The file cannot be read.
+
+        Examples
+        --------
+        >>> fastblock.Block(np.eye(2), None, np.eye(2), None).save("block.npz")
+        >>> fastblock.Block.load("block.npz")
+        Block(features=2, hidden=2, head_width=None, dtype=float64)
+        """
+        return _from_file(path, cls, read_arrays(path, cls._kind)[1])
+
+    def _arrays(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Block(PackedBlock, Saved):
     """One transformer block, with its parameters packed for the CPU once.
 
     ::
@@ -94,6 +152,8 @@ class Block(PackedBlock):
            [3., 4.]], dtype=float32)
     """
 
+    _kind = "Block"
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(features={self.features}, hidden={self.hidden}, "
@@ -103,57 +163,15 @@ class Block(PackedBlock):
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickle, (type(self), self._packed), vars(self) or None
 
-    def save(self, path: _Path) -> None:
-        """Write the parameters to `path`, an .npz file without pickle, whole or not at all.
-
-        Parameters
-        ----------
-        path : str, bytes or os.PathLike
-            No suffix is added.
-
-        Raises
-        ------
-        OSError
-            The file cannot be written; what was there before still is.
-
-        Examples
-        --------
-        >>> block = fastblock.Block(np.eye(2), None, np.eye(2), None)
-        >>> block.save("block.npz")
-        """
-        write_arrays(path, "Block", _parameters(self))
+    def _arrays(self) -> dict[str, Any]:
+        return {name: array for name in PARAMETERS if (array := getattr(self, name)) is not None}
 
     @classmethod
-    def load(cls, path: _Path) -> Self:
-        """Read a block that `save` has written.
-
-        Parameters
-        ----------
-        path : str, bytes or os.PathLike
-
-        Returns
-        -------
-        Block
-            Of the class that it was asked of, with the same parameters, bit for bit.
-
-        Raises
-        ------
-        ValueError
-            The file is damaged, or something else than a saved block.
-        OSError
-            The file cannot be read.
-
-        Examples
-        --------
-        >>> fastblock.Block(np.eye(2), None, np.eye(2), None).save("block.npz")
-        >>> fastblock.Block.load("block.npz")
-        Block(features=2, hidden=2, head_width=None, dtype=float64)
-        """
-        _, arrays = read_arrays(path, "Block")
-        return _from_file(path, _restore, cls, arrays)
+    def _restored(cls, arrays: dict[str, Any]) -> Self:
+        return cls(**{**dict.fromkeys(PARAMETERS), **arrays})
 
 
-class Stack(PackedStack, Sequence[Block]):
+class Stack(PackedStack, Saved, Sequence[Block]):
     """Blocks one after another: the output of one is the input of the next.
 
     Every block has parameters of its own; features and dtype are the same in all. A stack is a sequence of its
@@ -179,6 +197,8 @@ class Stack(PackedStack, Sequence[Block]):
     >>> stack(np.ones((1, 2), dtype=np.float32), np.ones((1, 1), dtype=np.float32))
     array([[8., 8.]], dtype=float32)
     """
+
+    _kind = "Stack"
 
     def __init__(self, blocks: Iterable[Block]) -> None:
         if self._blocks:
@@ -225,63 +245,24 @@ class Stack(PackedStack, Sequence[Block]):
         blocks = "".join(f"    {block!r},\n" for block in self._made())
         return f"{type(self).__name__}([\n{blocks}])"
 
-    def save(self, path: _Path) -> None:
-        """Write the parameters of all blocks to `path`, an .npz file without pickle, whole or not at all.
-
-        Parameters
-        ----------
-        path : str, bytes or os.PathLike
-            No suffix is added.
-
-        Raises
-        ------
-        OSError
-            The file cannot be written; what was there before still is.
-
-        Examples
-        --------
-        >>> stack = fastblock.Stack([fastblock.Block(np.eye(2), None, np.eye(2), None)])
-        >>> stack.save("stack.npz")
-        """
-        write_arrays(
-            path,
-            "Stack",
-            {f"{index}.{name}": array for index, block in enumerate(self) for name, array in _parameters(block).items()},
-        )
+    def _arrays(self) -> dict[str, Any]:
+        return {f"{index}.{name}": array for index, block in enumerate(self) for name, array in block._arrays().items()}
 
     @classmethod
-    def load(cls, path: _Path) -> Self:
-        """Read a stack that `save` has written; errors are those of `Block.load`.
-
-        Parameters
-        ----------
-        path : str, bytes or os.PathLike
-
-        Returns
-        -------
-        Stack
-            Of the class that it was asked of.
-
-        Examples
-        --------
-        >>> fastblock.Stack([fastblock.Block(np.eye(2), None, np.eye(2), None)]).save("stack.npz")
-        >>> len(fastblock.Stack.load("stack.npz"))
-        1
-        """
-        _, arrays = read_arrays(path, "Stack")
-        return _from_file(path, _restore_stack, cls, arrays)
+    def _restored(cls, arrays: dict[str, Any]) -> Self:
+        blocks: dict[int, dict[str, Any]] = {}
+        for name, array in arrays.items():
+            number, _, name = name.partition(".")
+            if not number.isdecimal() or number != str(int(number)):  # int() takes "00", "+0" and "0_0" for 0
+                raise ValueError(f"expected the index of a block in the name of each array, got {number!r}")
+            blocks.setdefault(int(number), {})[name] = array
+        return cls(Block._restored(blocks[index]) for index in range(len(blocks)))
 
 
 def load(path: _Path) -> Block | Stack:
     """Read a `Block` or a `Stack`, whichever the file holds."""
     kind, arrays = read_arrays(path, "Block", "Stack")
-    if kind == "Block":
-        return _from_file(path, _restore, Block, arrays)
-    return _from_file(path, _restore_stack, Stack, arrays)
-
-
-def _parameters(block):
-    return {name: array for name in PARAMETERS if (array := getattr(block, name)) is not None}
+    return _from_file(path, Block if kind == "Block" else Stack, arrays)
 
 
 def _unpickle(cls, packed):
@@ -297,23 +278,9 @@ def _unpickle_stack(cls, blocks):
     return stack
 
 
-def _restore(cls, parameters):
-    return cls(**{**dict.fromkeys(PARAMETERS), **parameters})
-
-
-def _restore_stack(cls, arrays):
-    parameters = {}
-    for name, array in arrays.items():
-        index, _, name = name.partition(".")
-        if not index.isdecimal() or index != str(int(index)):  # int() takes "00", "+0" and "0_0" for 0
-            raise ValueError(f"expected the index of a block in the name of each array, got {index!r}")
-        parameters.setdefault(int(index), {})[name] = array
-    return cls(_restore(Block, parameters[index]) for index in range(len(parameters)))
-
-
-def _from_file(path, restore, cls, arrays):
+def _from_file(path, cls, arrays):
     try:
-        return restore(cls, arrays)
+        return cls._restored(arrays)
     except (TypeError, ValueError, KeyError) as error:
         sentence = f"the parameters in this file do not fit together ({one_line(error)})"
         raise ValueError(f"{os.fsdecode(path)}: {sentence}") from error

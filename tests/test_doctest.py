@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import fastblock
-from fastblock import _core
+from fastblock import _core, layers
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 PUBLIC = {name: getattr(fastblock, name) for name in fastblock.__all__ if callable(getattr(fastblock, name))}
 METHODS = {
     f"{cls.__name__}.{name}": getattr(cls, name)
-    for cls in (_core.PackedBlock, fastblock.Block, _core.PackedStack, fastblock.Stack)
+    for cls in (_core.PackedBlock, _core.PackedStack, layers.Saved)
     for name in vars(cls)
     if name == "__call__" or (callable(getattr(cls, name)) and not name.startswith("_"))
 }
