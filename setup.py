@@ -39,7 +39,7 @@ if sys.platform == "win32":
 else:
     # -std=gnu11: with c11 gcc computes float in double precision on s390x.
     # -g0: Python's own flags ask for debug information, which would be most of the wheel.
-    # -falign-*: the loop over nonzeros takes 1.06 times as long where it does not begin a cache line.
+    # -falign-*: the loop over nonzeros is to begin a cache line.
     # IEEE stands last on both command lines, where nothing from the environment can undo it. A multiplication
     # followed by an addition is two roundings, and one rounding only where the source says fma; and a link with
     # -Ofast or -ffast-math would add start-up code that flushes subnormals to zero in the whole process.

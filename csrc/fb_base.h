@@ -51,7 +51,7 @@ _Static_assert(sizeof 1.0 == sizeof(double), "build fastblock without -fsingle-p
 #define FB_UNROLL_K _Pragma("clang loop unroll_count(4)")
 #else
 #define FB_UNROLL _Pragma("GCC unroll 32")
-/* k of a tile in one go: 2 is as fast, 8 and 16 are 4 and 10 % slower, for their code leaves the micro-op cache. */
+/* k of a tile in one go: the code of more would leave the micro-op cache. */
 #define FB_UNROLL_K _Pragma("GCC unroll 4")
 #endif
 #define FB_PREFETCH(p) __builtin_prefetch((p), 0, 3)

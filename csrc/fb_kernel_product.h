@@ -81,19 +81,8 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrd
  * too: one register points to all rows. In its first `fetches` strips the tile fetches a line a k, `fetch` elements ahead
  * in B (L2); the hardware does not notice that a panel will be followed by the next one.
  *
- * No instruction here is free: with a second thread on the core, whom the machine gives every other cycle, 27 instead of
- * 21 instructions a k took 1.25 times as long (rows a variable distance apart; fetches of the next rows of A).
- * Not better: the same lines in bursts between the tiles (6 to 16 rows 1.2 to 1.3 times as long), every second line
- * (1.5 times), a line every second k (1.05 times), to L1 (the same), all lines in the first of two tiles (1.03); both
- * halves of the panel at once (7 to 12 rows 0.9 to 1 on one day, 1.03 to 1.1 on another, 6 and 16 rows 1.02 to 1.13), in
- * every strip two lines 8 apart (1.1 to 1.2).
- * Not better: 3 rows x 2 panels with operands in memory, 17.5 instead of 21.5 instructions a k (0.95: loads), or without
- * (from L1 1.03 beside a second thread, 1 else; but 2 panels fit into L1 in halves of k only, with twice as many ends); k in
- * one loop of 4 instead of strips (gcc then moves accumulators: 0.8).
- * Not better either: 150 instead of 290 instructions at the ends of a tile (a function a tile height that walks down the
- * rows; NaN looked for in the sum of all vectors): 0.99 to 1.02, and 16 rows at depth 64 1.07 times as long. The ends
- * overlap with the neighbouring tiles: a tile of 6 rows takes 6.05 cycles a k and 48 more, 25 to 30 with nothing at its end
- * but stores; finish and relu in 3 instead of 5 operations 1 to 1.02. 8 rows as 5 + 3 instead of 4 + 4: 1.2. */
+ * No instruction in this loop is free, for a second thread on the core gets every other cycle: hence strips of constant
+ * length, rows a constant apart and one line fetched a k. The ends of a tile overlap with the neighbouring tiles. */
 FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, const REAL *a, ptrdiff_t a_row,
                         const REAL *b, ptrdiff_t left, const REAL *bias, const FN(place) at, const fb_fetch fetch)
 {
@@ -197,8 +186,7 @@ FB_INLINE unsigned FN(nonzero_lanes)(const REAL *const *row, ptrdiff_t k)
 }
 
 /* The k that matter to a tile: outside of [range[0], range[1]) all its rows of A are zero (contract section 6). All rows
- * side by side, for each end that is found is a mispredicted branch: with the rows one by one, and ends in whole vectors,
- * 12 x 128 x 64 causal took 1.04 times as long, 12 x 128 x 128 1.08. */
+ * side by side, for each end that is found is a mispredicted branch. */
 FB_INLINE void FN(nonzero_range)(const REAL *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, int16_t *range)
 {
     const REAL *row[FB_TILE_ROWS];
@@ -299,10 +287,7 @@ FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
     }
 }
 
-/* A copy of A that few panels read is not worth its time, though the tile then needs more registers for the rows: mixing 12 x
- * 128 x 64 1.06 times as fast without, 12 x 512 x 64 causal 1.06 to 1.14, 128 x 16 1.15, 128 x 128 1.02; 128 x 256 0.83 to
- * 0.95, 512 x 768 0.95; attention weights from 64 features 12 x 128 1.04, causal 1.05. Not better: fetches of the rows of the
- * next tile, during the first panel (0.9 to 1). */
+/* A copy of A that few panels read is not worth its time, though the tile then needs more registers for the rows. */
 static void FN(product)(const fb_product *g)
 {
     if (FB_DIRECT_PANELS && g->a_row != FB_ROW && g->cols <= FB_DIRECT_PANELS * PANEL)

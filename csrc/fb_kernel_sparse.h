@@ -68,13 +68,8 @@ FB_INLINE void FN(finish_row)(const int panels, const fb_product *g, VEC *s, con
 
 /* The sums of one slice, all rows, a group of panels: a nonzero is an fma with a memory operand for each vector. The
  * loads are the limit, two a cycle; so nonzeros come in steps of 4, whose offsets are one load and whose values are
- * one, and 4 panels are enough chains to hide the latency of an fma. At 128 x 256 -> 768, times of this: 6 panels and
- * nonzeros one by one 1.07 (half zeros) and 1.1 to 1.2 (90 and 97 %); 6 panels in steps 1.07; 5 panels x 80 k 1.12;
- * slices of 88 and 96 k the same, of 256 k at 16 rows 1.25; rows in chunks whose sums stay in L1 1.01 to 1.05; pairs of
- * rows side by side, 2 panels x 128 k, 1.01. Sorting the rows by the length of their lists gains less in predicted
- * branches than it loses in the order of memory. A panel's address in no register of its own: 1.05; offsets loaded one by
- * one 1.02, values 1.04; the loop not at the start of a cache line: 1.06.
- * The next slice of B, at `ahead`, is fetched to L2 in passing. */
+ * one, and 4 panels are enough chains to hide the latency of an fma. Each panel's address has a register of its own, and
+ * the loop begins a cache line (setup.py). The next slice of B, at `ahead`, is fetched to L2 in passing. */
 FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_nonzeros *list, ptrdiff_t slice,
                                ptrdiff_t p, const REAL *ahead)
 {
@@ -138,7 +133,7 @@ FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_n
 }
 
 /* A group of panels x a slice of k of B is 16 KB, at home in L1 for all rows. Up to 3 rows read no line of it a second
- * time: whole blocks of more panels at once, 1.02 to 1.1 times as fast. */
+ * time: whole blocks of more panels at once. */
 static void FN(product_sparse)(const fb_product *g, const fb_nonzeros *list)
 {
     const ptrdiff_t panels = (g->cols + PANEL - 1) / PANEL, slices = (g->depth + list->slice - 1) / list->slice;
@@ -197,8 +192,8 @@ FB_INLINE void FN(meet_rows)(const int n, const fb_product *g, const REAL *value
 }
 
 /* For large weights that come from far away: every other line of a panel takes as long as all lines, for the hardware
- * fetches the others, too; every other row of B takes half as long as all rows. 8 rows side by side, for one stream of
- * lines has half the speed of several. 1 x 768 -> 3072 at half zeros: 1.3 to 1.5 times as fast as by panels. */
+ * fetches the others, too; rows of B that are left out cost nothing. Rows side by side, for one stream of lines is slower
+ * than several. */
 static void FN(product_rows)(const fb_product *g, const fb_nonzeros *list)
 {
     enum { MOST = 2 * FB_STEP };

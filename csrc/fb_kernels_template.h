@@ -17,7 +17,7 @@
  */
 #include "fb_real_begin.h"
 #define FB_STRIP 16 /* k between two looks at what is left */
-#define FB_EXP_VECS 4 /* vectors side by side in exp: 2 take 1.05, 1 takes 1.34 times as long, for each step waits */
+#define FB_EXP_VECS 4 /* vectors side by side in exp, for each step waits for the one before */
 
 #include "fb_kernel_copy.h"
 #include "fb_kernel_product.h"

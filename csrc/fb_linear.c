@@ -122,8 +122,7 @@ ptrdiff_t fb_project_rows(const void *projection, fb_arena arena)
     const double work = (double)p->rows * (double)w->n * (double)w->k;
     const int threads = fb_threads(arena, work, fb_max(p->rows, w->n / tier->panel));
     project_job t = {.p = p};
-    /* Several blocks of k and long rows of C: totals in C would share few cache sets (up_project 128 x 768 -> 3072:
-     * 85 % of the FMA peak with the totals in C). */
+    /* Several blocks of k and long rows of C: totals in C would share few cache sets. */
     t.totals = w->k > FB_CHAIN && w->n > COLUMNS && p->rows > 16;
     t.by_columns = p->rows < FB_FEW_ROWS * threads;
     /* each part stages its rows: all of them, if it has columns */

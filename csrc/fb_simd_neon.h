@@ -11,7 +11,7 @@
 #define FB_DIRECT_ROWS 6
 #define FB_TILE_PANELS(rows) ((rows) == 1 ? 6 : (rows) == 2 ? 3 : (rows) == 3 ? 2 : 1)
 #define FB_TILE_VECS 24
-#define FB_DIRECT_PANELS 0 /* not measured */
+#define FB_DIRECT_PANELS 0 /* not tuned */
 #define FB_TILE_FUNCTION FB_INLINE
 #define FB_FETCH_GROUP 1
 #define FB_FETCH_SPREAD 0

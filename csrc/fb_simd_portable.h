@@ -14,7 +14,7 @@
 #define FB_TILE_PANELS(rows) 1
 #define FB_DIRECT_ROWS FB_TILE_ROWS
 #define FB_TILE_VECS 16
-#define FB_DIRECT_PANELS 0 /* not measured */
+#define FB_DIRECT_PANELS 0 /* not tuned */
 #define FB_TILE_FUNCTION FB_INLINE
 #define FB_FETCH_GROUP 1
 #define FB_FETCH_SPREAD 0

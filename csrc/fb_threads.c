@@ -66,8 +66,8 @@ static struct {
     int parts, workers;
 } pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .done = PTHREAD_COND_INITIALIZER};
 
-/* A worker may wake on the core of the caller and share it for several milliseconds while another one idles (the block of
- * 128 x 768 took 14.7 instead of 8.8 ms after a pause). Then it moves, and may be moved again. */
+/* A worker may wake on the core of the caller and share it for several milliseconds while another one idles. Then it
+ * moves, and may be moved again. */
 #ifdef __linux__
 static int this_core(void)
 {

@@ -15,9 +15,8 @@
 enum {
     FB_CHAIN = 256,      /* the contract's block of k, and the depth of one pass of the matmul kernel */
     FB_PANEL_BYTES = 64, /* a panel is 16 float or 8 double columns: one cache line a k, in every tier */
-    /* Rows of A in a product at most, and positions of a tile: 128 x 256 float are 128 KB, in a 512 KB L2. Measured at 512
-     * and 2048 x 768 -> 3072: 192 rows take 1.01 to 1.03 times as long (float64 1.01 to 1.05), 256 some 1.03 to 1.06; 96 the
-     * same, but at 97 % zeros 1.03 to 1.08, 64 rows 1.1 to 1.14, for each tile reads all weights. */
+    /* Rows of A in a product at most, and positions of a tile: 128 x 256 float are 128 KB, in a 512 KB L2. Fewer would
+     * read all weights more often. */
     FB_ROWS = 128,
     FB_SLICE = 64,       /* k of a list of nonzeros: 64 x 4 panels of B are 16 KB, at home in L1 */
     FB_STEP = 4,         /* nonzeros taken at a time: their offsets are one word, their values one vector */
@@ -106,7 +105,7 @@ typedef struct fb_tier {
      * stream: out is too large to be found in a cache later. */
     void (*softmax)(void *scores, ptrdiff_t row, ptrdiff_t queries, const ptrdiff_t *count, const ptrdiff_t *ends,
                     double scale, void *out, ptrdiff_t out_row, ptrdiff_t width, int stream);
-    /* Reads rows of n numbers so that fb_fp_met_subnormals can tell whether one was subnormal, at a tenth of the cost of range. */
+    /* Reads rows of n numbers so that fb_fp_met_subnormals can tell whether one was subnormal: far cheaper than range. */
     void (*touch)(const void *x, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n);
     /* The range of rows of n numbers, added to *range. */
     void (*range)(const void *x, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n, fb_range *range);
