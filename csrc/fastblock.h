@@ -30,8 +30,9 @@ typedef struct {
     int low, high;
 } fb_range;
 
-/* A matrix (n, k) of weights in column panels: for each block of 256 k, for each panel of 64 bytes (16 float or 8 double
- * outputs), k-major, the panel's outputs side by side; outputs beyond n are +0.0. The same layout for every tier. */
+/* A matrix (n, k) of weights in column panels: for each block of 256 k, for each panel of 64 bytes (16 float or 8
+ * double outputs), k-major, the panel's outputs side by side; outputs beyond n are +0.0. The same layout for every
+ * tier. */
 typedef struct {
     void *data; /* 64-byte aligned; NULL: no such matrix */
     void *rows; /* NULL, or the matrix once more: k rows of n outputs, padded with +0.0 to whole panels */
@@ -77,7 +78,8 @@ fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights,
  * key_mask (batch, P): nonzero keeps a key; NULL keeps all. causal: position i sees keys 0 .. i. */
 fb_status fb_attention_weights(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t positions, int causal,
                                const uint8_t *key_mask, void *out);
-/* out[b] (P, D) = feed_forward(mix_positions(A[b], x[b])), A = weights[b], or attention_weights(x) if weights is NULL */
+/* out[b] (P, D) = feed_forward(mix_positions(A[b], x[b])), A = weights[b], or attention_weights(x) if weights is
+ * NULL */
 fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrdiff_t x_batch, ptrdiff_t positions,
                    const void *weights, ptrdiff_t weights_batch, int causal, const uint8_t *key_mask, void *out);
 
@@ -87,8 +89,8 @@ fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrd
 const char *fb_isa_name(int i);
 int fb_isa_compiled(int i);
 int fb_isa_usable(int i);
-/* The tier in use: the one given to fb_use_isa, else what FASTBLOCK_ISA names, else the best; -1 if that one is missing. And
- * use tier i, which must be usable (returns whether it is). */
+/* The tier in use: the one given to fb_use_isa, else what FASTBLOCK_ISA names, else the best; -1 if that one is
+ * missing. And use tier i, which must be usable (returns whether it is). */
 int fb_isa(void);
 int fb_use_isa(int i);
 
@@ -96,12 +98,13 @@ int fb_use_isa(int i);
 /* Those with FB_EXPORT are for threadpoolctl, which knows a library by its symbols. */
 FB_EXPORT int fb_get_num_threads(void); /* of the calling thread: its own number, else that of the process */
 FB_EXPORT int fb_get_process_threads(void);
-FB_EXPORT void fb_set_num_threads(int n); /* n >= 1; 0: the default, min(CPUs of this process, its CPU quota) or what the
-                                   environment says: FASTBLOCK_NUM_THREADS, else OMP_NUM_THREADS */
+/* n >= 1; 0: the default, min(CPUs of this process, its CPU quota) or what the environment says: FASTBLOCK_NUM_THREADS,
+ * else OMP_NUM_THREADS */
+FB_EXPORT void fb_set_num_threads(int n);
 void fb_set_own_threads(int n); /* for the calls of the calling thread only; 0: that of the process */
 
-/* ---- interruption: a call that takes long asks `check` every 30 ms or so, from the thread of the caller, whether to stop,
- * and if it returns anything but 0 ends with FB_INTERRUPTED. One function for the whole process; NULL: none. */
+/* ---- interruption: a call that takes long asks `check` every 30 ms or so, from the thread of the caller, whether to
+ * stop, and if it returns anything but 0 ends with FB_INTERRUPTED. One function for the whole process; NULL: none. */
 void fb_set_interrupt(int (*check)(void));
 
 /* ---- the primitives of the tier in use, elementwise over n elements */

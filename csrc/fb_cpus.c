@@ -1,8 +1,8 @@
 /* fb_cpus.c - how many CPUs this process may use: its affinity, cut to the CPU quotas of its cgroups.
  *
- * The quota of a group holds for all groups inside it. So the smallest one counts on the way from the group of the process
- * (/proc/self/cgroup) up to the root of a mount that shows it (/proc/self/mountinfo). What cannot be read or understood
- * is no quota: a wrong count costs time only.
+ * The quota of a group holds for all groups inside it. So the smallest one counts on the way from the group of the
+ * process (/proc/self/cgroup) up to the root of a mount that shows it (/proc/self/mountinfo). What cannot be read or
+ * understood is no quota: a wrong count costs time only.
  */
 #define _GNU_SOURCE /* sched_getaffinity, getline, strsep */
 #include "fb_internal.h"
@@ -130,8 +130,8 @@ static const char *group_inside(const char *path, const char *top)
     return strcmp(path, "/") ? path : "";
 }
 
-/* The smallest quota that counts for the group `path`, by all mounts of its hierarchy. Where none of them shows the group
- * (a container may see its own group as the root, and be told another path), that of the roots of the mounts. */
+/* The smallest quota that counts for the group `path`, by all mounts of its hierarchy. Where none of them shows the
+ * group (a container may see its own group as the root, and be told another path), that of the roots of the mounts. */
 static long long quota_of_path(const char *root, const char *path, int version)
 {
     FILE *mounts = open_file(root, "proc/self", "mountinfo");
@@ -150,7 +150,8 @@ static long long quota_of_path(const char *root, const char *path, int version)
             field[i] = strsep(&head, " ");
         const char *type = strsep(&tail, " ");
         strsep(&tail, " ");
-        if (!field[4] || !tail || strcmp(type, version == 2 ? "cgroup2" : "cgroup") || (version == 1 && !lists(tail, "cpu")))
+        if (!field[4] || !tail || strcmp(type, version == 2 ? "cgroup2" : "cgroup") ||
+            (version == 1 && !lists(tail, "cpu")))
             continue;
         unescape(field[3]);
         unescape(field[4]);

@@ -35,7 +35,8 @@ static void up(const fb_tier *tier, const fb_params *params, fb_left x, ptrdiff_
     }, &params->w1, FB_RELU);
 }
 
-/* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with b2 */
+/* columns first .. first + cols of out += the block sum of hidden units f .. f + depth; after the last, finish with
+ * b2 */
 static void down(const fb_tier *tier, const fb_params *params, void *h, ptrdiff_t rows, ptrdiff_t f, ptrdiff_t first,
                  ptrdiff_t cols, void *out, fb_nonzeros list, void *lowered)
 {
@@ -97,7 +98,8 @@ static ptrdiff_t rows_part(const void *job, fb_arena arena, int part, int parts)
         return fb_feed_forward_rows(f->tier, params, (fb_left){0}, t->tile, NULL, arena);
     for (ptrdiff_t i = f->rows * part / parts, rows; i < end; i += rows) {
         rows = fb_min(t->tile, end - i);
-        const fb_left x = fb_stage(f->tier, fb_at(f->x, i * f->x_row, size), f->x_row, rows, &params->w1, params->w1.n, stage);
+        const fb_left x = fb_stage(f->tier, fb_at(f->x, i * f->x_row, size), f->x_row, rows, &params->w1, params->w1.n,
+                                   stage);
         fb_feed_forward_rows(f->tier, params, x, rows, fb_at(f->out, i * features, size), arena);
     }
     return arena.used;
@@ -116,7 +118,8 @@ static ptrdiff_t up_part(const void *job, fb_arena arena, int part, int parts)
     fb_columns_of(tier, params->w1.n, part, parts, &f, &n);
     for (const ptrdiff_t end = f + n; f < end; f += step) {
         step = fb_min(FB_CHAIN - f % FB_CHAIN, end - f);
-        up(tier, params, t->left, rows, f, step, fb_at(t->hidden, f / FB_CHAIN * rows * FB_ROW + f % FB_CHAIN, tier->size), lowered);
+        up(tier, params, t->left, rows, f, step,
+           fb_at(t->hidden, f / FB_CHAIN * rows * FB_ROW + f % FB_CHAIN, tier->size), lowered);
     }
     return arena.used;
 }
@@ -134,7 +137,8 @@ static ptrdiff_t down_part(const void *job, fb_arena arena, int part, int parts)
         return arena.used;
     fb_columns_of(tier, params->w2.n, part, parts, &first, &cols);
     for (ptrdiff_t f = 0; f < params->w1.n; f += FB_CHAIN)
-        down(tier, params, fb_at(t->hidden, f * rows / FB_CHAIN * FB_ROW, tier->size), rows, f, first, cols, t->f->out, list, lowered);
+        down(tier, params, fb_at(t->hidden, f * rows / FB_CHAIN * FB_ROW, tier->size), rows, f, first, cols, t->f->out,
+             list, lowered);
     return arena.used;
 }
 
@@ -166,6 +170,7 @@ ptrdiff_t fb_feed_forward_all(const void *feeding, fb_arena arena)
 fb_status fb_feed_forward(const fb_params *params, const void *x, ptrdiff_t rows, void *out)
 {
     return fb_call(fb_feed_forward_all, &(fb_feeding){
-        .tier = fb_tier_in_use(params->dtype), .params = params, .x = x, .x_row = params->w1.k, .rows = rows, .out = out,
+        .tier = fb_tier_in_use(params->dtype), .params = params, .x = x, .x_row = params->w1.k, .rows = rows,
+        .out = out,
     });
 }

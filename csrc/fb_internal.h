@@ -1,4 +1,5 @@
-/* fb_internal.h - what the files above the kernels offer each other: memory and threads of a call, then the operations. */
+/* fb_internal.h - what the files above the kernels offer each other: memory and threads of a call, then the
+ * operations. */
 #ifndef FB_INTERNAL_H
 #define FB_INTERNAL_H
 
@@ -6,12 +7,13 @@
 
 #define FB_MOST_BYTES (PTRDIFF_MAX / 4) /* more than can be had */
 
-/* fb_memory.c: 64-byte-aligned memory for rows x cols elements, NULL if that overflows or cannot be had; fb_free frees it */
+/* fb_memory.c: 64-byte-aligned memory for rows x cols elements, NULL if that overflows or cannot be had; fb_free frees
+ * it */
 void *fb_alloc(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size);
 
-/* What an operation may use: scratch memory, and threads. fb_take takes a piece of the memory, 64-byte aligned; an arena
- * without memory only counts, so the size and the pointers come from the same lines. Arenas are passed by value: what a
- * function has taken is free again when it returns. */
+/* What an operation may use: scratch memory, and threads. fb_take takes a piece of the memory, 64-byte aligned; an
+ * arena without memory only counts, so the size and the pointers come from the same lines. Arenas are passed by value:
+ * what a function has taken is free again when it returns. */
 typedef struct fb_arena {
     char *memory; /* NULL: only count */
     ptrdiff_t used;
@@ -22,12 +24,12 @@ FB_INLINE void *fb_take(fb_arena *arena, ptrdiff_t bytes);
 FB_INLINE ptrdiff_t fb_bytes(ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t size);
 /* An operation returns how much of the arena it uses; without memory it does nothing else. */
 typedef ptrdiff_t fb_operation(const void *arguments, fb_arena arena);
-/* Every public function that computes: the operation, in the default floating-point mode, with all the memory that it will
- * need, taken before the first result is written. */
+/* Every public function that computes: the operation, in the default floating-point mode, with all the memory that it
+ * will need, taken before the first result is written. */
 /* The arguments of an operation begin with its kernels; NULL: there is no tier. */
 fb_status fb_call(fb_operation *operation, const void *arguments);
-/* Whether the call that this thread works for is to end; asked before each piece of work, which is `work` multiply-adds and
- * takes a few milliseconds at most. Whoever is told so returns, with results undefined. */
+/* Whether the call that this thread works for is to end; asked before each piece of work, which is `work` multiply-adds
+ * and takes a few milliseconds at most. Whoever is told so returns, with results undefined. */
 int fb_stop(double work);
 /* The call that this thread works for, for the threads that help with it; NULL: none. */
 typedef struct fb_calling fb_calling;
@@ -37,9 +39,10 @@ void fb_help_with(fb_calling *call);
 /* fb_packed.c: w (out->n, out->k), rows w_row apart, into out->data. */
 void fb_panels_fill(const fb_tier *tier, const void *w, ptrdiff_t w_row, fb_panels *out);
 
-/* fb_linear.c: a left operand A as the kernel wants it. Staged (row is FB_ROW): its blocks of 256 k one after the other,
- * rows x FB_ROW each; or, if it is one block and meets few columns, as it stands. fb_stage: A for a product of cols columns
- * of b; fb_stage_rows: how many rows to take at a time, dealt out evenly; fb_stage_bytes: the size of that many. */
+/* fb_linear.c: a left operand A as the kernel wants it. Staged (row is FB_ROW): its blocks of 256 k one after the
+ * other, rows x FB_ROW each; or, if it is one block and meets few columns, as it stands. fb_stage: A for a product of
+ * cols columns of b; fb_stage_rows: how many rows to take at a time, dealt out evenly; fb_stage_bytes: the size of that
+ * many. */
 typedef struct fb_left {
     const void *at;
     ptrdiff_t row;
@@ -63,9 +66,9 @@ fb_left fb_stage(const fb_tier *tier, const void *a, ptrdiff_t a_row, ptrdiff_t 
 /* What becomes of the sums of a product: nothing; finish(sum, bias); that and relu. */
 typedef enum fb_ending { FB_SUMS = -1, FB_FINISH, FB_RELU } fb_ending;
 /* C (rows x cols) = A B, ended, where B is columns first_col .. first_col + cols of a packed matrix and first_col is a
- * multiple of the panel. One thread. Of the product, these matter: a, a_row, shift as fb_stage says; lowered; bias, from
- * column first_col on; c, c_row; t, scratch for FB_ROWS x FB_ROW elements, NULL if C itself is a good place for the totals;
- * rows, at most FB_ROWS; cols; first_col; wanted. */
+ * multiple of the panel. One thread. Of the product, these matter: a, a_row, shift as fb_stage says; lowered; bias,
+ * from column first_col on; c, c_row; t, scratch for FB_ROWS x FB_ROW elements, NULL if C itself is a good place for
+ * the totals; rows, at most FB_ROWS; cols; first_col; wanted. */
 void fb_matmul(const fb_tier *tier, const fb_product *whole, const fb_panels *b, fb_ending ending);
 /* An operation (its arguments): the same for all columns, on all threads; C has w->n columns. */
 typedef struct fb_projection {
@@ -78,8 +81,9 @@ typedef struct fb_projection {
     void *out;
 } fb_projection;
 fb_operation fb_project_rows;
-/* fb_skip.c: one block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. list: from fb_take_list, for
- * products of at most so many rows and, where B is kept in rows, columns; in_place: A may be destroyed, and its a_row is FB_ROW. */
+/* fb_skip.c: one block of a product whose A may hold zeros, at most FB_ROWS rows; finite says that B is. list: from
+ * fb_take_list, for products of at most so many rows and, where B is kept in rows, columns; in_place: A may be
+ * destroyed, and its a_row is FB_ROW. */
 FB_INLINE double fb_work_of(const fb_product *g) { return (double)g->rows * (double)g->depth * (double)g->cols; }
 fb_nonzeros fb_take_list(fb_arena *arena, const fb_tier *tier, ptrdiff_t rows, ptrdiff_t cols, int in_place);
 void fb_product_skipping(const fb_tier *tier, fb_product *g, int finite, fb_nonzeros list);
@@ -143,15 +147,15 @@ typedef struct fb_weighing {
 } fb_weighing;
 fb_operation fb_weigh_all;
 
-/* fb_cpus.c: how many CPUs this process may use, at least 1; and how many by the quotas of its cgroups, 0 if there is none,
- * where root stands before the name of every file (the tests have trees of their own; "": this system's). */
+/* fb_cpus.c: how many CPUs this process may use, at least 1; and how many by the quotas of its cgroups, 0 if there is
+ * none, where root stands before the name of every file (the tests have trees of their own; "": this system's). */
 int fb_available_cpus(void);
 int fb_quota_cpus(const char *root);
 
-/* fb_threads.c: fb_run is an operation that does every part of a task, on at most `threads` threads, each in the default
- * floating-point mode and with memory of its own, as much as the task says it uses. fb_threads: how many threads of the
- * arena `work` multiply-adds are worth, at most `limit`. fb_parts: into how many parts to cut it for them, a whole number a
- * thread, at most `limit` or one a thread. */
+/* fb_threads.c: fb_run is an operation that does every part of a task, on at most `threads` threads, each in the
+ * default floating-point mode and with memory of its own, as much as the task says it uses. fb_threads: how many
+ * threads of the arena `work` multiply-adds are worth, at most `limit`. fb_parts: into how many parts to cut it for
+ * them, a whole number a thread, at most `limit` or one a thread. */
 typedef ptrdiff_t fb_task(const void *job, fb_arena arena, int part, int parts);
 ptrdiff_t fb_run(fb_task *task, const void *job, int threads, int parts, fb_arena arena);
 int fb_threads(fb_arena arena, double work, ptrdiff_t limit);

@@ -1,8 +1,8 @@
 /* fb_kernel_exp.h - the exponential function; a part of fb_kernels_template.h. */
 
 /* ---- exp: reference.exp of n float64 vectors side by side, so that a constant is loaded once for all of them and no
- * step waits for the one before. The float32 exp falls back on float64, too: shorter, because only its last rounding must
- * come out right; that it does for all 2**32 inputs is tested (tests/test_exp.py). */
+ * step waits for the one before. The float32 exp falls back on float64, too: shorter, because only its last rounding
+ * must come out right; that it does for all 2**32 inputs is tested (tests/test_exp.py). */
 #define FB_EACH_VEC                                                                                                   \
     FB_UNROLL                                                                                                         \
     for (int i = 0; i < n; i++)
@@ -62,26 +62,32 @@ FB_NOINLINE void FN(exp_exact)(VEC *v)
 
 /* Nearly always enough. x = k * ln(2)/8 + r and 2**(j/8) = power[j] * (1 + rest[j]), where power[j] has 13 bits. The
  * head of r, a multiple of 2**-11, is taken off, so that s = p + p * head is exact; then, but for a power of two,
- *     e**x = s + p * w,  w = r - head + r * r/2 + rest * (1 + r) + r**2/2 * (rest + r/3 * (1 + rest) + r**2/12 + r**3/60)
- * in absolute value less than 2**-9.6. Its error is less than 1.9 * 2**-34: rounded w 1, rounded r - head + ... 0.25,
- * the product of rest and what k * ln(2)/8 has beyond k * ln2_high 0.27, the sums before 0.06 each, the polynomial 0.12.
- * If s + p * (w +- 2**-33) rounds to one number, it is the right one (`error` is larger, lest the sum be rounded to
- * less); else, in 1 of 360, `unsure` is positive, or NaN. Then x goes to exp_exact, and so it does from +-87 on, where
- * the error is set to x**4 - 87**4: up to 2**18 that is at least 1 and w is less than 1; beyond, r is what rounding t cuts
- * off, less than 2**-22 * x, so up to 2**32 w is less than 2**52 where the error is more than 2**71, and from there on the
- * error is infinite. (With x**2 it was lost in w from 2**50 on.) The order of the steps matters, for registers are what
- * is short: e comes first, so that x is not needed long, and chains are not shortened where that takes a register. */
+ *     e**x = s + p * w,
+ *     w = r - head + r * r/2 + rest * (1 + r) + r**2/2 * (rest + r/3 * (1 + rest) + r**2/12 + r**3/60),
+ * in absolute value less than 2**-9.6. Its error is less than 1.9 * 2**-34: rounded w 1, rounded r - head +
+ * ... 0.25, the product of rest and what k * ln(2)/8 has beyond k * ln2_high 0.27, the sums before 0.06 each, the
+ * polynomial 0.12. If s + p * (w +- 2**-33) rounds to one number, it is the right one (`error` is larger, lest the sum
+ * be rounded to less); else, in 1 of 360, `unsure` is positive, or NaN. Then x goes to exp_exact, and so it does from
+ * +-87 on, where the error is set to x**4 - 87**4: up to 2**18 that is at least 1 and w is less than 1; beyond, r is
+ * what rounding t cuts off, less than 2**-22 * x, so up to 2**32 w is less than 2**52 where the error is more than
+ * 2**71, and from there on the error is infinite. (With x**2 it was lost in w from 2**50 on.) The order of the steps
+ * matters, for registers are what is short: e comes first, so that x is not needed long, and chains are not shortened
+ * where that takes a register. */
 FB_INLINE void FN(exp_quick)(const int n, const VEC *x, VEC *y, VEC *unsure)
 {
-    static const float power[16] = {0x1p+0f, 0x1.173p+0f, 0x1.307p+0f, 0x1.4cp+0f, 0x1.6a1p+0f, 0x1.8adp+0f, 0x1.ae9p+0f, 0x1.d58p+0f,
-                                    0x1p+0f, 0x1.173p+0f, 0x1.307p+0f, 0x1.4cp+0f, 0x1.6a1p+0f, 0x1.8adp+0f, 0x1.ae9p+0f, 0x1.d58p+0f};
+    static const float power[16] = {
+        0x1p+0f, 0x1.173p+0f, 0x1.307p+0f, 0x1.4cp+0f, 0x1.6a1p+0f, 0x1.8adp+0f, 0x1.ae9p+0f, 0x1.d58p+0f,
+        0x1p+0f, 0x1.173p+0f, 0x1.307p+0f, 0x1.4cp+0f, 0x1.6a1p+0f, 0x1.8adp+0f, 0x1.ae9p+0f, 0x1.d58p+0f};
     static const float power_rest[16] = {
-        0, -0x1.0736c4p-14f, -0x1.a5f74ep-20f, -0x1.ca8b44p-16f, -0x1.140906p-14f, -0x1.156e68p-16f, -0x1.ca89aap-15f, 0x1.b1d272p-17f,
-        0, -0x1.0736c4p-14f, -0x1.a5f74ep-20f, -0x1.ca8b44p-16f, -0x1.140906p-14f, -0x1.156e68p-16f, -0x1.ca89aap-15f, 0x1.b1d272p-17f};
+        0, -0x1.0736c4p-14f, -0x1.a5f74ep-20f, -0x1.ca8b44p-16f,
+        -0x1.140906p-14f, -0x1.156e68p-16f, -0x1.ca89aap-15f, 0x1.b1d272p-17f,
+        0, -0x1.0736c4p-14f, -0x1.a5f74ep-20f, -0x1.ca8b44p-16f,
+        -0x1.140906p-14f, -0x1.156e68p-16f, -0x1.ca89aap-15f, 0x1.b1d272p-17f};
     static const float inv = 0x1.715476p+3f, ln2_high = -0x1.62e43p-4f, ln2_low = 0x1.05c61p-32f;
     static const float round = 0x1.8p23f, round_head = 0x1.8p12f, error = 0x1.4p-33f, far = -87.0f * 87 * 87 * 87;
     static const float c2 = 0.5f, c3 = 0x1.555556p-2f, c4 = 0x1.555d04p-4f, c5 = 0x1.1115c6p-6f;
-    VEC t[FB_EXP_VECS], k[FB_EXP_VECS], r[FB_EXP_VECS], rest[FB_EXP_VECS], head[FB_EXP_VECS], half[FB_EXP_VECS], e[FB_EXP_VECS];
+    VEC t[FB_EXP_VECS], k[FB_EXP_VECS], r[FB_EXP_VECS], rest[FB_EXP_VECS], head[FB_EXP_VECS], half[FB_EXP_VECS],
+        e[FB_EXP_VECS];
     VEC q[FB_EXP_VECS], w[FB_EXP_VECS], p[FB_EXP_VECS], s[FB_EXP_VECS];
     FB_EACH_VEC e[i] = V(mul)(x[i], x[i]);
     FB_EACH_VEC e[i] = V(max)(V(fma)(e[i], e[i], V(splat)(&far)), V(splat)(&error));

@@ -1,4 +1,5 @@
-/* fb_kernel_product.h - one block of k of a matrix product (reference.chain256, finish, relu); a part of fb_kernels_template.h.
+/* fb_kernel_product.h - one block of k of a matrix product (reference.chain256, finish, relu); a part of
+ * fb_kernels_template.h.
  *
  * product is for operands laid out for it, product_small for those that stand where they are. */
 
@@ -47,7 +48,8 @@ FB_INLINE void FN(finish_tile)(const int rows, const int vecs, const fb_product 
     }
 }
 
-/* The longer side of the tile comes one by one, so that the shorter side and the accumulators fit into the registers. */
+/* The longer side of the tile comes one by one, so that the shorter side and the accumulators fit into the
+ * registers. */
 FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrdiff_t a_row, const REAL *b,
                              ptrdiff_t b_panel, VEC *s)
 {
@@ -77,9 +79,9 @@ FB_INLINE void FN(tile_step)(const int rows, const int vecs, const REAL *a, ptrd
     }
 }
 
-/* A tile of `rows` x `panels` panels, both constants: its accumulators are registers. For a staged A a_row is a constant,
- * too: one register points to all rows. In its first `fetches` strips the tile fetches a line a k, `fetch` elements ahead
- * in B (L2); the hardware does not notice that a panel will be followed by the next one.
+/* A tile of `rows` x `panels` panels, both constants: its accumulators are registers. For a staged A a_row is a
+ * constant, too: one register points to all rows. In its first `fetches` strips the tile fetches a line a k, `fetch`
+ * elements ahead in B (L2); the hardware does not notice that a panel will be followed by the next one.
  *
  * No instruction in this loop is free, for a second thread on the core gets every other cycle: hence strips of constant
  * length, rows a constant apart and one line fetched a k. The ends of a tile overlap with the neighbouring tiles. */
@@ -107,7 +109,7 @@ FB_INLINE void FN(tile)(const int rows, const int panels, const fb_product *g, c
         }                                                                                                              \
         line += fetch.step;                                                                                            \
     }
-    if (FB_FETCH_SPREAD && fetch.kind == FB_FETCH_QUARTER) { /* the same line 4 times, for every k is to be the same code */
+    if (FB_FETCH_SPREAD && fetch.kind == FB_FETCH_QUARTER) { /* a line 4 times, for every k is to be the same code */
         FB_FETCHING(FB_PREFETCH_L2(line + k * FB_PANEL_BYTES / 4))
     } else if (fetch.kind == FB_FETCH_LINES) {
         FB_FETCHING(FB_PREFETCH_L2(line + k * FB_PANEL_BYTES))
@@ -160,7 +162,8 @@ FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL 
     return 1;
 }
 
-/* As FB_NOINLINE, each tile height is a function of its own: what registers it gets does not depend on the others. */
+/* As FB_NOINLINE, each tile height is a function of its own: what registers it gets does not depend on the others. A
+ * direct tile has FB_DIRECT_ROWS rows at most. */
 #define FB_TILE_OF(r)                                                                                                 \
     FB_TILE_FUNCTION ptrdiff_t FN(FB_CAT(staged_, r))(const fb_product *g, const REAL *a, ptrdiff_t i, ptrdiff_t p,    \
                                                       const int16_t *range, const fb_fetch *fetch)                     \
@@ -170,7 +173,7 @@ FB_INLINE ptrdiff_t FN(tile_at)(const int rows, const fb_product *g, const REAL 
     FB_TILE_FUNCTION ptrdiff_t FN(FB_CAT(direct_, r))(const fb_product *g, const REAL *a, ptrdiff_t i, ptrdiff_t p,    \
                                                       const int16_t *range, const fb_fetch *fetch)                     \
     {                                                                                                                  \
-        return FN(tile_at)(r > FB_DIRECT_ROWS ? FB_DIRECT_ROWS : r, g, a, g->a_row, i, p, range, *fetch); /* at most */     \
+        return FN(tile_at)(r > FB_DIRECT_ROWS ? FB_DIRECT_ROWS : r, g, a, g->a_row, i, p, range, *fetch);              \
     }
 FB_TILE_CASES(FB_TILE_OF)
 #undef FB_TILE_OF
@@ -185,8 +188,8 @@ FB_INLINE unsigned FN(nonzero_lanes)(const REAL *const *row, ptrdiff_t k)
     return lanes;
 }
 
-/* The k that matter to a tile: outside of [range[0], range[1]) all its rows of A are zero (contract section 6). All rows
- * side by side, for each end that is found is a mispredicted branch. */
+/* The k that matter to a tile: outside of [range[0], range[1]) all its rows of A are zero (contract section 6). All
+ * rows side by side, for each end that is found is a mispredicted branch. */
 FB_INLINE void FN(nonzero_range)(const REAL *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, int16_t *range)
 {
     const REAL *row[FB_TILE_ROWS];
@@ -222,11 +225,14 @@ FB_INLINE fb_fetch FN(fetch_panels)(const fb_product *g, ptrdiff_t group, ptrdif
     if (tiles == 1)
         return (fb_fetch){group > 1 ? FB_FETCH_PANELS : FB_FETCH_LINES, NULL, FB_STRIP * FB_PANEL_BYTES, strips};
     const int spread = FB_FETCH_SPREAD && lines <= 4 * strips * tiles;
-    const ptrdiff_t at_once = spread ? FB_STRIP / 4 : FB_STRIP, share = (lines + at_once * tiles - 1) / (at_once * tiles);
-    return (fb_fetch){spread ? FB_FETCH_QUARTER : FB_FETCH_LINES, NULL, at_once * FB_PANEL_BYTES, fb_min(strips, share)};
+    const ptrdiff_t at_once = spread ? FB_STRIP / 4 : FB_STRIP,
+                    share = (lines + at_once * tiles - 1) / (at_once * tiles);
+    return (fb_fetch){spread ? FB_FETCH_QUARTER : FB_FETCH_LINES, NULL, at_once * FB_PANEL_BYTES,
+                      fb_min(strips, share)};
 }
 
-/* The same `rows` rows of the next A, where they stand: whole lines if the rows touch, else up to FB_STRIP lines a row. */
+/* The same `rows` rows of the next A, where they stand: whole lines if the rows touch, else up to FB_STRIP lines a
+ * row. */
 FB_INLINE fb_fetch FN(fetch_rows)(const fb_product *g, ptrdiff_t i, ptrdiff_t rows)
 {
     const ptrdiff_t at_once = FB_STRIP * FB_PANEL_BYTES, row = g->a_row * (ptrdiff_t)sizeof(REAL);
@@ -237,8 +243,8 @@ FB_INLINE fb_fetch FN(fetch_rows)(const fb_product *g, ptrdiff_t i, ptrdiff_t ro
 
 /* Loop 2 of the BLIS numbering runs over the panels of B, loop 1 over the row tiles of A: a panel (16 KB) stays in
  * L1 for all rows. Rows are dealt out evenly (13 = 5 + 4 + 4, not 6 + 6 + 1), because a tile of fewer than 4 rows x
- * 1 panel has too few chains to fill the FMA units; 3 rows or fewer span several panels instead. staged, a constant: A is
- * read, or copied to, FB_ROW apart. */
+ * 1 panel has too few chains to fill the FMA units; 3 rows or fewer span several panels instead. staged, a constant: A
+ * is read, or copied to, FB_ROW apart. */
 FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
 {
     const ptrdiff_t a_row = staged ? FB_ROW : g->a_row, most = staged ? FB_TILE_ROWS : FB_DIRECT_ROWS;
@@ -277,7 +283,8 @@ FB_INLINE void FN(product_of)(const fb_product *g, const int staged)
                 switch (rows) {
 #define FB_TILE_CASE(r)                                                                                               \
     case r:                                                                                                           \
-        p += (staged ? FN(FB_CAT(staged_, r)) : FN(FB_CAT(direct_, r)))(g, a, i, p, g->skip ? range[t] : whole, &fetch); \
+        p += (staged ? FN(FB_CAT(staged_, r)) : FN(FB_CAT(direct_, r)))(g, a, i, p, g->skip ? range[t] : whole,        \
+                                                                        &fetch);                                      \
         break;
                     FB_TILE_CASES(FB_TILE_CASE)
 #undef FB_TILE_CASE

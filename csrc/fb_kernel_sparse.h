@@ -1,4 +1,5 @@
-/* fb_kernel_sparse.h - the same products from the nonzeros of A only (contract section 6); a part of fb_kernels_template.h. */
+/* fb_kernel_sparse.h - the same products from the nonzeros of A only (contract section 6); a part of
+ * fb_kernels_template.h. */
 
 /* A look at a tile of A: how many k all its rows together span, and how many nonzeros its middle row has. */
 static void FN(sample)(const void *a_, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t *span,
@@ -68,13 +69,14 @@ FB_INLINE void FN(finish_row)(const int panels, const fb_product *g, VEC *s, con
 
 /* The sums of one slice, all rows, a group of panels: a nonzero is an fma with a memory operand for each vector. The
  * loads are the limit, two a cycle; so nonzeros come in steps of 4, whose offsets are one load and whose values are
- * one, and 4 panels are enough chains to hide the latency of an fma. Each panel's address has a register of its own, and
- * the loop begins a cache line (setup.py). The next slice of B, at `ahead`, is fetched to L2 in passing. */
+ * one, and 4 panels are enough chains to hide the latency of an fma. Each panel's address has a register of its own,
+ * and the loop begins a cache line (setup.py). The next slice of B, at `ahead`, is fetched to L2 in passing. */
 FB_INLINE void FN(sparse_rows)(const int panels, const fb_product *g, const fb_nonzeros *list, ptrdiff_t slice,
                                ptrdiff_t p, const REAL *ahead)
 {
     const int vecs = panels * PANEL_VECS, first = slice == 0, last = (slice + 1) * list->slice >= g->depth;
-    const ptrdiff_t b_panel = g->depth * PANEL, left = g->cols - p * PANEL, rows = g->rows, lines = ahead ? list->slice : 0;
+    const ptrdiff_t b_panel = g->depth * PANEL, left = g->cols - p * PANEL, rows = g->rows,
+                    lines = ahead ? list->slice : 0;
     const REAL *b = (const REAL *)g->b + p * b_panel, *values = (const REAL *)list->value + slice * list->slice;
     const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;
     const uint16_t *offsets = list->offset + slice * list->slice, *count = list->count + slice * rows;
@@ -157,7 +159,8 @@ static void FN(product_sparse)(const fb_product *g, const fb_nonzeros *list)
     }
 }
 
-/* n nonzeros of a row: all columns of the rows of B that they meet, while the next rows, those of next[], come to L2. */
+/* n nonzeros of a row: all columns of the rows of B that they meet, while the next rows, those of next[], come to
+ * L2. */
 FB_INLINE void FN(meet_rows)(const int n, const fb_product *g, const REAL *value, const uint16_t *offset,
                              const uint16_t *next, REAL *sums, int first, int last, const FN(place) at)
 {
@@ -192,8 +195,8 @@ FB_INLINE void FN(meet_rows)(const int n, const fb_product *g, const REAL *value
 }
 
 /* For large weights that come from far away: every other line of a panel takes as long as all lines, for the hardware
- * fetches the others, too; rows of B that are left out cost nothing. Rows side by side, for one stream of lines is slower
- * than several. */
+ * fetches the others, too; rows of B that are left out cost nothing. Rows side by side, for one stream of lines is
+ * slower than several. */
 static void FN(product_rows)(const fb_product *g, const fb_nonzeros *list)
 {
     enum { MOST = 2 * FB_STEP };

@@ -1,4 +1,5 @@
-/* fb_kernels_portable.c - the kernels compiled in plain C, for every CPU, with or without fma: slow, and the same bits. */
+/* fb_kernels_portable.c - the kernels compiled in plain C, for every CPU, with or without fma: slow, and the same
+ * bits. */
 #include <math.h>
 #include <string.h>
 #include "fb_tier.h"

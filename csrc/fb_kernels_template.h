@@ -1,15 +1,15 @@
 /* fb_kernels_template.h - the kernels, written once for every tier and both dtypes.
  *
  * A tier file includes its fb_simd_*.h, then this file twice, with FB_BITS 32 and 64. Parameters:
- *   FB_TIER            the tier's name, the last part of every name made here
- *   FB_BITS            32 or 64
+ *   FB_TIER    the tier's name, the last part of every name made here
+ *   FB_BITS    32 or 64
  * and from fb_simd_*.h:
- *   FB_TILE_ROWS, FB_TILE_VECS, FB_TILE_CASES  rows of the largest register tile, its accumulators, X(r) for all its rows
+ *   FB_TILE_ROWS, FB_TILE_VECS, FB_TILE_CASES  rows of the largest register tile, its accumulators, X(r) for all rows
  *   FB_TILE_PANELS(r)                          panels that a tile of r rows spans
- *   FB_DIRECT_ROWS, FB_DIRECT_PANELS           rows of a tile and panels of a product that reads A where it stands, at most
+ *   FB_DIRECT_ROWS, FB_DIRECT_PANELS           at most so many rows of a tile, panels of a product: A where it stands
  *   FB_TILE_FUNCTION                           FB_INLINE or FB_NOINLINE: how the tiles are compiled
  *   FB_FETCH_GROUP                             panels of a tile up to which it fetches the next ones
- *   FB_FETCH_SPREAD, FB_FETCH_NEXT_A           whether it may fetch at every fourth k only; whether it fetches the next A
+ *   FB_FETCH_SPREAD, FB_FETCH_NEXT_A           whether it may fetch at every fourth k only, and the next A at all
  *   FB_DENSE_FROM, FB_DENSE_FEW, FB_FEW_ROWS   see fb_tier
  *   FB_SPARSE_PANELS(r)                        panels at a time in a sparse product of r rows
  *   FB_MOST_PANELS, FB_PANEL_CASES             the most of these, X(n) for all of them

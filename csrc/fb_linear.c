@@ -135,7 +135,8 @@ fb_status fb_project(fb_dtype dtype, const void *x, ptrdiff_t rows, const fb_pan
                      void *out)
 {
     return fb_call(fb_project_rows, &(fb_projection){
-        .tier = fb_tier_in_use(dtype), .x = x, .rows = rows, .w = w, .bias = bias, .ending = relu ? FB_RELU : FB_FINISH, .out = out,
+        .tier = fb_tier_in_use(dtype), .x = x, .rows = rows, .w = w, .bias = bias,
+        .ending = relu ? FB_RELU : FB_FINISH, .out = out,
     });
 }
 

@@ -1,4 +1,5 @@
-/* fb_memory.c - a call: its memory, which an operation gets all at once before it writes anything, and its interruption.
+/* fb_memory.c - a call: its memory, which an operation gets all at once before it writes anything, and its
+ * interruption.
  *
  * Scratch is never on the stack, for stacks of threads can be as small as 16 KiB. A small call takes it from one static
  * buffer, in less time than malloc, a call that finds the buffer in use from malloc.
@@ -114,7 +115,7 @@ fb_status fb_call(fb_operation *operation, const void *arguments)
     if (arena.memory) {
         calling = &call;
         int forks;
-        do { /* once more in a child that a signal's handler has forked meanwhile: what the workers had taken is lost there */
+        do { /* once more in a child that a signal's handler has forked meanwhile: there the workers' parts are lost */
             forks = fb_forks();
             operation(arguments, arena);
         } while (forks != fb_forks());
@@ -125,5 +126,6 @@ fb_status fb_call(fb_operation *operation, const void *arguments)
     else
         fb_free(arena.memory);
     fb_fp_leave(mode);
-    return !arena.memory ? FB_NO_MEMORY : atomic_load_explicit(&call.stopped, memory_order_relaxed) ? FB_INTERRUPTED : FB_OK;
+    return !arena.memory ? FB_NO_MEMORY : atomic_load_explicit(&call.stopped, memory_order_relaxed) ? FB_INTERRUPTED
+                                                                                                    : FB_OK;
 }

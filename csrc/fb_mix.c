@@ -159,7 +159,7 @@ fb_status fb_mix_positions(fb_dtype dtype, ptrdiff_t batch, const void *weights,
                            ptrdiff_t x_batch, void *out, ptrdiff_t positions, ptrdiff_t features)
 {
     return fb_call(mix_all, &(mix_job){
-        .tier = fb_tier_in_use(dtype), .weights = weights, .x = x, .out = out, .batch = batch, .weights_batch = weights_batch,
-        .x_batch = x_batch, .positions = positions, .features = features,
+        .tier = fb_tier_in_use(dtype), .weights = weights, .x = x, .out = out, .batch = batch,
+        .weights_batch = weights_batch, .x_batch = x_batch, .positions = positions, .features = features,
     });
 }

@@ -1,5 +1,5 @@
-/* fb_real_begin.h - names for code that is written once for both dtypes, chosen by FB_BITS, 32 or 64; fb_real_end.h takes
- * them back. No include guard: each dtype includes both. */
+/* fb_real_begin.h - names for code that is written once for both dtypes, chosen by FB_BITS, 32 or 64; fb_real_end.h
+ * takes them back. No include guard: each dtype includes both. */
 #if FB_BITS == 32
 #define REAL float
 #define VEC fb_f32_vec

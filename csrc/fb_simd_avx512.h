@@ -156,7 +156,8 @@ FB_INLINE fb_f64_vec fb_f64_min(fb_f64_vec a, fb_f64_vec b) { return _mm512_min_
 /* one instruction: of each class of numbers what becomes of it; 0: the NaN, 1: itself, 8: +0.0 */
 FB_INLINE fb_f64_vec fb_f64_canonical(fb_f64_vec v)
 {
-    return _mm512_fixupimm_pd(_mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000)), v, _mm512_set1_epi64(0x11111800), 0);
+    return _mm512_fixupimm_pd(_mm512_castsi512_pd(_mm512_set1_epi64(0x7ff8000000000000)), v,
+                              _mm512_set1_epi64(0x11111800), 0);
 }
 FB_INLINE void fb_f64_end(const int n, fb_f64_vec *s, int relu)
 {

@@ -131,7 +131,10 @@ FB_INLINE void fb_f32_store(float *p, fb_f32_vec v) { memcpy(p, v.lane, sizeof v
 FB_INLINE fb_f32_vec fb_f32_add(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] + b.lane[i]); }
 FB_INLINE fb_f32_vec fb_f32_sub(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] - b.lane[i]); }
 FB_INLINE fb_f32_vec fb_f32_mul(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] * b.lane[i]); }
-FB_INLINE fb_f32_vec fb_f32_fma(fb_f32_vec a, fb_f32_vec b, fb_f32_vec c) { FB_F32(fb_fma_f32(a.lane[i], b.lane[i], c.lane[i])); }
+FB_INLINE fb_f32_vec fb_f32_fma(fb_f32_vec a, fb_f32_vec b, fb_f32_vec c)
+{
+    FB_F32(fb_fma_f32(a.lane[i], b.lane[i], c.lane[i]));
+}
 FB_INLINE fb_f32_vec fb_f32_max(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 FB_INLINE fb_f32_vec fb_f32_min(fb_f32_vec a, fb_f32_vec b) { FB_F32(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
 FB_INLINE fb_f32_vec fb_f32_canonical(fb_f32_vec v)
@@ -151,7 +154,8 @@ FB_INLINE unsigned fb_f32_nonzero(fb_f32_vec v)
 }
 FB_INLINE void fb_f32_compress(fb_f32_vec v, unsigned keep, int first, float *value, uint16_t *offset)
 {
-    for (int i = 0, n = 0; i < FB_F32_LANES; n += keep >> i & 1, i++) { /* branchless: write, then advance past a kept lane */
+    /* branchless: write, then advance past a kept lane */
+    for (int i = 0, n = 0; i < FB_F32_LANES; n += keep >> i & 1, i++) {
         value[n] = v.lane[i];
         offset[n] = (uint16_t)((first + i) * 64);
     }
@@ -170,7 +174,10 @@ FB_INLINE void fb_f64_store(double *p, fb_f64_vec v) { memcpy(p, v.lane, sizeof 
 FB_INLINE fb_f64_vec fb_f64_add(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] + b.lane[i]); }
 FB_INLINE fb_f64_vec fb_f64_sub(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] - b.lane[i]); }
 FB_INLINE fb_f64_vec fb_f64_mul(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] * b.lane[i]); }
-FB_INLINE fb_f64_vec fb_f64_fma(fb_f64_vec a, fb_f64_vec b, fb_f64_vec c) { FB_F64(fb_fma_f64(a.lane[i], b.lane[i], c.lane[i])); }
+FB_INLINE fb_f64_vec fb_f64_fma(fb_f64_vec a, fb_f64_vec b, fb_f64_vec c)
+{
+    FB_F64(fb_fma_f64(a.lane[i], b.lane[i], c.lane[i]));
+}
 FB_INLINE fb_f64_vec fb_f64_max(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 FB_INLINE fb_f64_vec fb_f64_min(fb_f64_vec a, fb_f64_vec b) { FB_F64(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
 FB_INLINE fb_f64_vec fb_f64_canonical(fb_f64_vec v)
@@ -187,7 +194,8 @@ FB_INLINE unsigned fb_f64_nonzero(fb_f64_vec v)
 }
 FB_INLINE void fb_f64_compress(fb_f64_vec v, unsigned keep, int first, double *value, uint16_t *offset)
 {
-    for (int i = 0, n = 0; i < FB_F64_LANES; n += keep >> i & 1, i++) { /* branchless: write, then advance past a kept lane */
+    /* branchless: write, then advance past a kept lane */
+    for (int i = 0, n = 0; i < FB_F64_LANES; n += keep >> i & 1, i++) {
         value[n] = v.lane[i];
         offset[n] = (uint16_t)((first + i) * 64);
     }

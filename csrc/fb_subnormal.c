@@ -1,14 +1,14 @@
 /* fb_subnormal.c - products whose operands hold subnormal numbers, at the speed of the others.
  *
- * An x86 core takes 15 to 100 times as long for a fused multiply-add of a subnormal number. A B is A 2^s times B 2^-s, for
- * the products are the same real numbers and each is rounded with its sum only: exact where scaling an operand rounds
- * nothing, which is so if whatever is not 0 comes out normal. `shift` of an operand says that it holds 2^shift times its
- * numbers; s is -tier->shift, 0 or tier->shift, with which the smallest subnormal number becomes normal.
+ * An x86 core takes 15 to 100 times as long for a fused multiply-add of a subnormal number. A B is A 2^s times B 2^-s,
+ * for the products are the same real numbers and each is rounded with its sum only: exact where scaling an operand
+ * rounds nothing, which is so if whatever is not 0 comes out normal. `shift` of an operand says that it holds 2^shift
+ * times its numbers; s is -tier->shift, 0 or tier->shift, with which the smallest subnormal number becomes normal.
  *
- * Weights are scaled up when they are packed, and then the left operand is scaled down where it is laid out. A left operand
- * scaled up meets a copy of a few panels at a time, scaled down. Where the exponents leave no room, or sums are
- * subnormal, it takes its time; small products are not looked at, and others touched first: one operation a vector, after
- * which the CPU says whether it met a subnormal number.
+ * Weights are scaled up when they are packed, and then the left operand is scaled down where it is laid out. A left
+ * operand scaled up meets a copy of a few panels at a time, scaled down. Where the exponents leave no room, or sums are
+ * subnormal, it takes its time; small products are not looked at, and others touched first: one operation a vector,
+ * after which the CPU says whether it met a subnormal number.
  */
 #include "fb_internal.h"
 
@@ -23,7 +23,8 @@ static fb_range range_of(const fb_tier *tier, fb_left a, ptrdiff_t rows, ptrdiff
 {
     fb_range range = {.low = INT_MAX};
     for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_CHAIN)
-        tier->range(fb_at(a.at, k0 / FB_CHAIN * rows * FB_ROW, tier->size), a.row, rows, fb_min(FB_CHAIN, depth - k0), &range);
+        tier->range(fb_at(a.at, k0 / FB_CHAIN * rows * FB_ROW, tier->size), a.row, rows, fb_min(FB_CHAIN, depth - k0),
+                    &range);
     return range;
 }
 
@@ -56,13 +57,14 @@ static fb_left scaled(const fb_tier *tier, fb_left a, ptrdiff_t rows, ptrdiff_t 
 {
     for (ptrdiff_t k0 = 0; k0 < depth; k0 += FB_CHAIN) {
         const ptrdiff_t block = k0 / FB_CHAIN * rows * FB_ROW;
-        (shift > 0 ? tier->raise : tier->lower)(fb_at(a.at, block, tier->size), a.row, rows, fb_min(FB_CHAIN, depth - k0),
-                                          fb_at(to, block, tier->size), FB_ROW);
+        (shift > 0 ? tier->raise : tier->lower)(fb_at(a.at, block, tier->size), a.row, rows,
+                                                fb_min(FB_CHAIN, depth - k0), fb_at(to, block, tier->size), FB_ROW);
     }
     return (fb_left){to, FB_ROW, shift};
 }
 
-/* Whether a left operand is to be looked at: b was scaled, or it has subnormal numbers itself, and slows its product down. */
+/* Whether a left operand is to be looked at: b was scaled, or it has subnormal numbers itself, and slows its product
+ * down. */
 static int worth_looking(const fb_tier *tier, fb_left a, ptrdiff_t rows, const fb_panels *b)
 {
     if (b->shift)
@@ -127,7 +129,8 @@ void fb_product_fitted(const fb_tier *tier, const fb_product *g, int shift, void
     part.b_rows = NULL;
     for (ptrdiff_t j = 0; j < g->cols; j += LOWERED_PANELS * tier->panel) {
         part.cols = fb_min(LOWERED_PANELS * tier->panel, g->cols - j);
-        tier->lower(fb_at(g->b, j * g->depth, tier->size), 0, 1, fb_round_up(part.cols, tier->panel) * g->depth, lowered, 0);
+        tier->lower(fb_at(g->b, j * g->depth, tier->size), 0, 1,
+                    fb_round_up(part.cols, tier->panel) * g->depth, lowered, 0);
         part.bias = g->bias ? fb_at(g->bias, j, tier->size) : NULL;
         part.c = fb_at(g->c, j, tier->size);
         part.t = fb_at(g->t, j, tier->size);

@@ -1,10 +1,10 @@
 /* fb_threads.c - a small pool of threads.
  *
  * The parts of a call are dealt out on demand, to the caller and the workers that have come: a thread whose core is
- * shared with others takes fewer, and nobody waits for a worker that comes late. Which thread takes a part cannot be seen
- * in the result. Workers start at the first call that wants them, spin briefly for the next one, then sleep. A caller
- * that finds the pool busy runs its parts itself, so concurrent callers never oversubscribe the CPU. After fork() the
- * child begins with an empty pool.
+ * shared with others takes fewer, and nobody waits for a worker that comes late. Which thread takes a part cannot be
+ * seen in the result. Workers start at the first call that wants them, spin briefly for the next one, then sleep. A
+ * caller that finds the pool busy runs its parts itself, so concurrent callers never oversubscribe the CPU. After
+ * fork() the child begins with an empty pool.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include "fb_internal.h"

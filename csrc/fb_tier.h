@@ -1,7 +1,7 @@
 /* fb_tier.h - what a tier, an instruction set, offers to the loops above it: one table of kernels a dtype.
  *
- * The loops are written once for all tiers and both dtypes: they see elements of tier->size bytes and never look inside them.
- * The kernels are written once in fb_kernels_template.h.
+ * The loops are written once for all tiers and both dtypes: they see elements of tier->size bytes and never look inside
+ * them. The kernels are written once in fb_kernels_template.h.
  */
 #ifndef FB_TIER_H
 #define FB_TIER_H
@@ -31,7 +31,8 @@ enum {
     FB_SUMS_BYTES = 8 * FB_PANEL_BYTES, /* a row of a group of panels, the widest of all tiers */
 };
 
-/* What a tile fetches to L2 in passing, in each of its first `strips` strips: lines from `at` on, `step` bytes further a strip. */
+/* What a tile fetches to L2 in passing, in each of its first `strips` strips: lines from `at` on, `step` bytes further
+ * a strip. */
 typedef enum fb_fetch_kind { FB_FETCH_NOTHING, FB_FETCH_QUARTER, FB_FETCH_LINES, FB_FETCH_PANELS } fb_fetch_kind;
 typedef struct fb_fetch {
     fb_fetch_kind kind; /* a line every fourth k, a line a k, a line a k and panel */
@@ -41,7 +42,8 @@ typedef struct fb_fetch {
 
 /* One block of k of a matrix product, C (rows x cols) from A (rows x depth) and B (depth x cols):
  *     s = chain of fma over k;  t = first ? s : T + s;  last ? C = finish(t, bias) [then relu] : T = t
- * A[i,k] = a[i*a_row + k];  B[k, j] = b[(j / panel)*depth*panel + k*panel + j % panel];  C[i,j] = c[i*c_row + j], T likewise.
+ * A[i,k] = a[i*a_row + k];  C[i,j] = c[i*c_row + j], T likewise;
+ * B[k, j] = b[(j / panel)*depth*panel + k*panel + j % panel].
  * With b_rows, B[k, j] = b_rows[k*b_row + j] as well, in rows of whole panels; NULL: B is in panels only.
  * T, the totals of the blocks so far, may be C. B and bias are read in whole panels, C and T have cols columns. */
 typedef struct fb_product {
@@ -76,12 +78,14 @@ typedef struct fb_tier {
     ptrdiff_t lanes; /* elements of a vector */
     int shift;        /* 2^shift times the smallest subnormal number is normal */
     int infinity;     /* the exponent of infinity and NaN, as in fb_range */
-    ptrdiff_t direct; /* columns up to which a product reads A where it stands; with more, an A that is not staged is copied */
+    /* columns up to which a product reads A where it stands; with more, an A that is not staged is copied */
+    ptrdiff_t direct;
     /* Nonzeros in the span of a tile from which on the dense tile is faster: a share, for 4 to few_rows rows another */
     double dense_from, dense_few;
     ptrdiff_t few_rows;
     void (*copy)(const void *from, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to, ptrdiff_t to_row);
-    /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows on. */
+    /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows
+     * on. */
     void (*pack)(const void *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel);
     /* The rows of B as they are, B[k, j] = x[k*x_row + j], k < depth, j < cols, as panels of one block; whether all are finite.
      * number: NULL, or the numbers of these rows in x. */
@@ -91,12 +95,13 @@ typedef struct fb_tier {
     void (*product_sparse)(const fb_product *, const fb_nonzeros *);
     /* The same from b_rows, of which only the rows that meet nonzeros are read; the slice is the whole block. */
     void (*product_rows)(const fb_product *, const fb_nonzeros *);
-    /* The same for a whole product (first and last) of at most `lanes` columns, without panels: B[k, j] = b[k*b_row + j].
-     * What stands between the rows of C is overwritten. */
+    /* The same for a whole product (first and last) of at most `lanes` columns, without panels: B[k, j] = b[k*b_row +
+     * j]. What stands between the rows of C is overwritten. */
     void (*product_small)(const fb_product *, ptrdiff_t b_row);
     void (*compress)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, const fb_nonzeros *out);
     /* At most 6 rows of A: the k from their first to their last nonzero, and the nonzeros of the middle one. A hint. */
-    void (*sample)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t *span, ptrdiff_t *nonzeros);
+    void (*sample)(const void *a, ptrdiff_t a_row, ptrdiff_t rows, ptrdiff_t depth, ptrdiff_t *span,
+                   ptrdiff_t *nonzeros);
     /* out[i,j] = relu(finish(x[i,j], bias[j])) */
     void (*bias_relu)(const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t cols);
     /* Softmax of raw scores, queries side by side: scores[j * row + i] of key j and query i, scaled, over the first count[i]

@@ -80,8 +80,8 @@ static __m512d quarters_shuffle_f64x2(__m512d a, __m512d b, int which)
 {
     return _mm512_castps_pd(quarters_shuffle_f32x4(_mm512_castpd_ps(a), _mm512_castpd_ps(b), which));
 }
-/* Of each lane its class, and of the class what becomes of it: 0 that of a, 1 that of v, 8 +0.0. SIMDe 0.7.4 takes subnormal
- * numbers for zeros. */
+/* Of each lane its class, and of the class what becomes of it: 0 that of a, 1 that of v, 8 +0.0. SIMDe 0.7.4 takes
+ * subnormal numbers for zeros. */
 static __m512 lanes_fixupimm_ps(__m512 a, __m512 v, __m512i table)
 {
     float from[16], to[16];
@@ -132,7 +132,8 @@ static __m512d lanes_fixupimm_pd(__m512d a, __m512d v, __m512i table)
 
 #include "fb_tier.h"
 
-/* A vector is memory here, not a register: inlined and unrolled the tiles would gain nothing and compile for minutes. */
+/* A vector is memory here, not a register: inlined and unrolled the tiles would gain nothing and compile for
+ * minutes. */
 #undef FB_INLINE
 #undef FB_UNROLL
 #undef FB_UNROLL_K

@@ -1,4 +1,5 @@
-/* no_tier.c - what the library answers where FASTBLOCK_ISA names a tier that is missing, and after another was chosen. */
+/* no_tier.c - what the library answers where FASTBLOCK_ISA names a tier that is missing, and after another was
+ * chosen. */
 #include "fastblock.h"
 
 #include <stdio.h>

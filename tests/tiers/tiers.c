@@ -180,7 +180,8 @@ static void note_bits(const void *p, ptrdiff_t n)
     for (ptrdiff_t i = 0; i < n; i++)
         note(bits_at(p, i));
 }
-/* Of what is not yet finished, the sign of a zero is open; and of a NaN, everything else (contract sections 3 and 6). */
+/* Of what is not yet finished, the sign of a zero is open; and of a NaN, everything else (contract sections 3 and
+ * 6). */
 static void note_unfinished(const void *p, ptrdiff_t n, int zeros_too)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -191,8 +192,8 @@ static void note_unfinished(const void *p, ptrdiff_t n, int zeros_too)
 
 /* ---- kernels */
 
-/* Significands and exponents where rounding is hard: products of few bits, of exactly one bit too many, and close to the
- * limits of the format; c near the product or far below it. Random operands never show a second rounding. */
+/* Significands and exponents where rounding is hard: products of few bits, of exactly one bit too many, and close to
+ * the limits of the format; c near the product or far below it. Random operands never show a second rounding. */
 static void *fma_factor(ptrdiff_t n)
 {
     static const int exponents[2][5] = {{0, -70, 63, -126, -149}, {0, -530, 511, -1022, -1074}};
