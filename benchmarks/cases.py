@@ -130,6 +130,7 @@ def fastblock_mask(case, mask):
 
 
 _ONE, _ALL, _PLOT = False, True, True
+# fmt: off
 CASES = tuple(
     Case(*row)
     for row in [
@@ -171,3 +172,4 @@ CASES = tuple(
         ("attention_weights", "12 x 128 x 64",         "Gaussian",       "",        "float64", _ONE),
     ]
 )
+# fmt: on

@@ -17,7 +17,8 @@ class Terminated(BaseException):
     """A signal that ends a process by default; an exception so that the unfinished output is removed first."""
 
     SIGNALS = [
-        getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
+        getattr(signal, name)
+        for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU")
         if hasattr(signal, name)
     ]
 

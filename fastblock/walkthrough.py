@@ -67,7 +67,9 @@ def _show_timings():
     names = ["FASTBLOCK", "OMP", "OPENBLAS", "MKL", "BLIS"]
     one_each = dict.fromkeys([*(f"{name}_NUM_THREADS" for name in names), "VECLIB_MAXIMUM_THREADS"], "1")
     command = [sys.executable, "-P", "-m", __name__]
-    result = subprocess.run(command, env=os.environ | {"FASTBLOCK_ISA": isa()} | one_each, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(
+        command, env=os.environ | {"FASTBLOCK_ISA": isa()} | one_each, stdout=subprocess.PIPE, text=True
+    )
     print(result.stdout, end="")
     if result.returncode not in (0, DIFFERED):
         raise RuntimeError(f"the process that takes the times ended with status {result.returncode}")
@@ -169,8 +171,10 @@ def timings():
     ]
     print(
         "\n\nTIME of one block in float32, A given, beside np.maximum(A @ x @ w1.T + b1, 0) @ w2.T + b2\n"
-        f"(medians of interleaved rounds; tier {isa()}; one thread each, so that the threads of neither keep the other from a core)\n\n"
-        "                          fastblock          NumPy   ratio   rounds   first and last position equal the reference"
+        f"(medians of interleaved rounds; tier {isa()}; one thread each, "
+        "so that the threads of neither keep the other from a core)\n\n"
+        "                          fastblock          NumPy   ratio   rounds   "
+        "first and last position equal the reference"
     )
     equal = True
     for name, x, weights, parameters in cases:
@@ -211,7 +215,7 @@ def _medians(*functions):
 
 
 def wait_until_quiet():
-    """Threads of a pool may spin in the hope of more work; return when they have stopped, after half a second at most."""
+    """Return when the threads of a pool, which spin in the hope of more work, have stopped, or in half a second."""
     give_up = time.perf_counter() + 0.5
     while time.perf_counter() < give_up:
         busy, start = time.process_time(), time.perf_counter()

@@ -55,7 +55,7 @@ WITH_OUT = [call for call, (_, _, result) in CALLS.items() if result is not None
 
 
 def refuse(error, call, bad, out=None):
-    """Make the call with some arguments replaced; return the message of the error, having checked that `out` is whole."""
+    """Make the call with some arguments replaced; return the message of the error. Checks that `out` is whole."""
     function, shapes, result = CALLS[call]
     good = arrays(shapes)
     if out is None and result is not None:

@@ -111,7 +111,10 @@ def test_parameters_of_any_layout(dtype, same_bytes):
     plain = make_parameters(dtype)
     layouts = [
         {name: np.asfortranarray(array) for name, array in plain.items()},
-        {name: np.repeat(np.repeat(array, 2, 0), 3, -1)[::2, ..., ::3] if array.ndim > 1 else array for name, array in plain.items()},
+        {
+            name: np.repeat(np.repeat(array, 2, 0), 3, -1)[::2, ..., ::3] if array.ndim > 1 else array
+            for name, array in plain.items()
+        },
         {name: array[..., ::-1].copy()[..., ::-1] for name, array in plain.items()},
     ]
     block = fastblock.Block(**plain)
@@ -548,7 +551,8 @@ def test_stack_is_the_blocks_one_after_another(dtype, same_bytes):
         mixed = [weights if index % 2 else None for index, weights in enumerate(own)]
         batched = rng.standard_normal((2, 7, 7)).astype(dtype)
         for weights, rule in [
-            (None, {}), (None, {"causal": True}), (None, {"key_mask": mask}), (None, {"causal": True, "key_mask": mask}),
+            (None, {}), (None, {"causal": True}), (None, {"key_mask": mask}),
+            (None, {"causal": True, "key_mask": mask}),
             (shared, {}), (batched, {}), (own, {}), (tuple(own), {}), (mixed, {}), ([None] * count, {"causal": True}),
         ]:  # fmt: skip
             expected = x

@@ -26,7 +26,9 @@ COMMAND = [sys.executable, "-W", "error", "-m", "fastblock"]
 
 
 def command(*arguments, cwd, **options):
-    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120, **options
+    )
 
 
 # ---- the worked example
@@ -99,7 +101,9 @@ def test_walkthrough_spells_sums_out_right(shown):
 
 def test_walkthrough_compares_and_times(shown):
     assert shown.count("C result equals the reference bit for bit: yes (60 bytes compared)\n") == 2
-    rows = re.findall(r"^ +(\d+ x \d+ -> \d+) +([\d.]+) ([um]s) +([\d.]+) ([um]s) +([\d.]+) +(\d+) +yes \(\d+ bytes", shown, re.M)
+    rows = re.findall(
+        r"^ +(\d+ x \d+ -> \d+) +([\d.]+) ([um]s) +([\d.]+) ([um]s) +([\d.]+) +(\d+) +yes \(\d+ bytes", shown, re.M
+    )
     assert [row[0] for row in rows] == ["5 x 3 -> 4", "128 x 768 -> 3072"]
     for _, ours, our_unit, numpys, numpys_unit, ratio, _rounds in rows:
         scale = {"us": 1e-6, "ms": 1e-3}
@@ -209,7 +213,9 @@ def test_an_interrupt_while_modules_are_imported(module, how, tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (130, "interrupted", "")
 
 
-@pytest.mark.parametrize("arguments", [["-m", "other"], ["-mother"], ["-m", "other", "-m", "fastblock"], ["-m", "other.fastblock"]])
+@pytest.mark.parametrize(
+    "arguments", [["-m", "other"], ["-mother"], ["-m", "other", "-m", "fastblock"], ["-m", "other.fastblock"]]
+)
 @pytest.mark.parametrize("isa", ["", "no-such-tier"])
 def test_the_faults_of_other_programs_are_theirs(isa, arguments, tmp_path):
     (tmp_path / "other").mkdir()
@@ -405,7 +411,10 @@ def test_messages_have_one_line(files, monkeypatch, capfd):
     with open(files / "matrix.npz", "wb") as file:
         np.savez(file, fastblock_format=np.eye(3), w1=np.eye(3))
     for arguments in (
-        ["block.npz", "lines.npy"], ["format.npz", "x.npy"], ["matrix.npz", "x.npy"], ["block.npz", "two\nlines.npy"],
+        ["block.npz", "lines.npy"],
+        ["format.npz", "x.npy"],
+        ["matrix.npz", "x.npy"],
+        ["block.npz", "two\nlines.npy"],
     ):
         assert run_in_process(files, monkeypatch, *arguments, "-o", "there.npy") == 2
         err = capfd.readouterr().err
@@ -484,7 +493,10 @@ BAD_INPUTS = [
     ("block.npz x.npy --weights text.npy", "text.npy: expected an array saved as .npy, got something else"),
     ("block.npz x.npy --weights not-square.npy", "not-square.npy: expected shape (5, 5) or (4, 5, 5), got (5, 4)"),
     ("block.npz x.npy --weights six-by-six.npy", "six-by-six.npy: expected shape (5, 5) or (4, 5, 5), got (6, 6)"),
-    ("block.npz x.npy --weights batch-of-three.npy", "batch-of-three.npy: expected shape (5, 5) or (4, 5, 5), got (3, 5, 5)"),
+    (
+        "block.npz x.npy --weights batch-of-three.npy",
+        "batch-of-three.npy: expected shape (5, 5) or (4, 5, 5), got (3, 5, 5)",
+    ),
     ("block.npz x.npy --weights float64.npy", "float64.npy: expected shape (5, 5) or (4, 5, 5), got (4, 5, 3)"),
     ("block.npz x.npy --weights A.npy --causal", "causal"),
     ("plain.npz x.npy", "weights"),
@@ -512,7 +524,10 @@ def test_run_bad_input(files, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("block.npz wrong-features.npy -o there.npy", "wrong-features.npy: expected shape (..., positions, 3), got (4, 5, 2)"),
+        (
+            "block.npz wrong-features.npy -o there.npy",
+            "wrong-features.npy: expected shape (..., positions, 3), got (4, 5, 2)",
+        ),
         ("block.npz missing.npy -o there.npy", "missing.npy: No such file or directory"),
         ("block.npz pickle.npy -o there.npy", "pickle.npy: expected an array saved as .npy, got something else"),
         ("block.npz x.npy -o .", ".: Is a directory"),

@@ -24,7 +24,11 @@ METHODS = {
 
 def examples(name, item):
     globs = {"np": np, "fastblock": fastblock}
-    return [test for test in doctest.DocTestFinder(recurse=False).find(item, name, module=False, globs=globs) if test.examples]
+    return [
+        test
+        for test in doctest.DocTestFinder(recurse=False).find(item, name, module=False, globs=globs)
+        if test.examples
+    ]
 
 
 @pytest.mark.parametrize("name", PUBLIC | METHODS)

@@ -487,7 +487,9 @@ def test_small_blocks(kind, dtype, every_tier, same_bytes):
     sizes = [(1, 1, 1), (2, 4, 2), (5, 3, 4), (7, 2, 0), (9, 7, 9), (31, 3, 8), (32, 8, 8), (33, 2, 3), (6, 9, 3)]
     for positions, features, hidden in sizes:
         x, weights = (INPUT_CLASSES[kind](rng, s, dtype) for s in [(2, positions, features), (2, positions, positions)])
-        layers = [INPUT_CLASSES[kind](rng, s, dtype) for s in [(hidden, features), (hidden,), (features, hidden), (features,)]]
+        layers = [
+            INPUT_CLASSES[kind](rng, s, dtype) for s in [(hidden, features), (hidden,), (features, hidden), (features,)]
+        ]
         want = reference.block(x, *layers, weights)
         block = fastblock.Block(*layers)
         memory = np.full(x.size + 32, 7, dtype)
@@ -555,4 +557,6 @@ def test_axes_of_length_0_and_1(batch, positions, features, dtype, same_bytes):
     for threads in (1, 2):
         with fastblock.num_threads(threads):
             same_bytes(fastblock.mix_positions(weights, x), reference.mix_positions(weights, x), f"mix, {threads}")
-            same_bytes(fastblock.attention_weights(x, w, w), reference.attention_weights(x, w, w), f"attention, {threads}")
+            same_bytes(
+                fastblock.attention_weights(x, w, w), reference.attention_weights(x, w, w), f"attention, {threads}"
+            )

@@ -12,7 +12,16 @@ GARBAGE = [NAN, INF, -INF, "largest"]
 
 
 def parameters(rng, features, hidden, width, dtype):
-    shapes = [(hidden, features), hidden, (features, hidden), features, (width, features), (width, features), width, width]
+    shapes = [
+        (hidden, features),
+        hidden,
+        (features, hidden),
+        features,
+        (width, features),
+        (width, features),
+        width,
+        width,
+    ]
     return [rng.standard_normal(s).astype(dtype) for s in shapes]
 
 
@@ -41,7 +50,16 @@ def spoiled(x, keep, value):
 
 
 # features and hidden units of a vector (the way of small blocks), of several panels, and more than a block of k
-SIZES = [(1, 3, 4, 2), (2, 2, 3, 1), (5, 3, 4, 2), (9, 2, 7, 3), (31, 4, 5, 8), (33, 3, 4, 2), (17, 20, 33, 5), (40, 130, 17, 3)]
+SIZES = [
+    (1, 3, 4, 2),
+    (2, 2, 3, 1),
+    (5, 3, 4, 2),
+    (9, 2, 7, 3),
+    (31, 4, 5, 8),
+    (33, 3, 4, 2),
+    (17, 20, 33, 5),
+    (40, 130, 17, 3),
+]
 LONG = [(255, 5, 6, 2), (257, 3, 20, 3), (300, 33, 6, 2), (520, 2, 18, 1)]
 
 
@@ -92,7 +110,12 @@ def test_weights_that_underflow_hide_nothing(dtype, every_tier, same_bytes):
     one = np.array([[1, 0]], dtype)
     layers = [np.eye(2, dtype=dtype), None, np.eye(2, dtype=dtype), None]
     block = fastblock.Block(*layers, w_q=one, w_k=one, b_q=np.ones(1, dtype))
-    for options in ({}, {"causal": True}, {"key_mask": np.arange(positions) != 5}, {"key_mask": np.arange(positions) != 3}):
+    for options in (
+        {},
+        {"causal": True},
+        {"key_mask": np.arange(positions) != 5},
+        {"key_mask": np.arange(positions) != 3},
+    ):
         want = reference.block(x, *layers, w_q=one, w_k=one, b_q=np.ones(1, dtype), **options)
         for tier in every_tier():
             same_bytes(block(x, **options), want, f"{options}, {tier}")

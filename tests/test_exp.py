@@ -55,9 +55,13 @@ def alone(x, tier):
 def test_the_way_of_an_input_is_its_own(every_tier):
     """Wherever the quick way might take garbage for sure: everywhere beyond its range, for every exponent."""
     exponents = np.arange(256, dtype=np.uint32)[:, None] << 23
-    mantissas = np.concatenate([np.arange(0, 2**23, 65_537), np.arange(16), 2**23 - 1 - np.arange(16)]).astype(np.uint32)
+    mantissas = np.concatenate([np.arange(0, 2**23, 65_537), np.arange(16), 2**23 - 1 - np.arange(16)]).astype(
+        np.uint32
+    )
     bits = (exponents | mantissas).ravel()
-    x = np.concatenate([(bits | sign).view(np.float32) for sign in np.array([0, 2**31], np.uint32)] + [np.array(LOST, np.float32)])
+    x = np.concatenate(
+        [(bits | sign).view(np.float32) for sign in np.array([0, 2**31], np.uint32)] + [np.array(LOST, np.float32)]
+    )
     want = reference.exp(x).view(np.uint32)
     for tier in every_tier():
         got, differing = alone(x if tier != "portable" else x[::7], tier)
@@ -88,7 +92,7 @@ def test_attention_weights_of_scores_beyond_the_range_of_exp(dtype, every_tier, 
 
 
 def count_differences(start):
-    """How many of the float32 whose bits are start .. start + CHUNK - 1 each tier gets wrong, side by side and alone."""
+    """How many of the float32 with the bits start .. start + CHUNK - 1 each tier gets wrong, side by side and alone."""
     x = np.arange(start, start + CHUNK, dtype=np.int64).astype(np.uint32).view(np.float32)
     want = reference.exp(x).view(np.uint32)
     wrong = {}

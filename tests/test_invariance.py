@@ -307,9 +307,12 @@ LARGE = {  # more rows than a tile, more k than a block: out is written while in
     "mix_positions": (fastblock.mix_positions, {"weights": (300, 300), "x": (300, 20)}),
     "mix_positions, batch": (fastblock.mix_positions, {"weights": (3, 70, 70), "x": (3, 70, 20)}),
     "feed_forward": (fastblock.feed_forward, dict(list(LARGE_BLOCK.items())[:5])),
-    "Block.feed_forward": (lambda x, out=None, **p: fastblock.Block(**p).feed_forward(x, out=out), dict(list(LARGE_BLOCK.items())[:5])),
+    "Block.feed_forward": (
+        lambda x, out=None, **p: fastblock.Block(**p).feed_forward(x, out=out), dict(list(LARGE_BLOCK.items())[:5]),
+    ),
     "attention_weights": (
-        fastblock.attention_weights, {n: LARGE_BLOCK[n] for n in ("x", "w_q", "w_k", "b_q", "b_k")} | {"key_mask": (300,)},
+        fastblock.attention_weights,
+        {n: LARGE_BLOCK[n] for n in ("x", "w_q", "w_k", "b_q", "b_k")} | {"key_mask": (300,)},
     ),
     "attention_weights, batch": (
         fastblock.attention_weights, {"x": (9, 150, 4), "w_q": (3, 4), "w_k": (3, 4), "key_mask": (9, 150)},
@@ -538,7 +541,9 @@ print(hashlib.sha256("".join(hashes).encode()).hexdigest())
 """
 
 
-@pytest.mark.skipif(MACHINE != "x86_64" or not sys.platform.startswith("linux"), reason="feenableexcept of glibc on x86-64")
+@pytest.mark.skipif(
+    MACHINE != "x86_64" or not sys.platform.startswith("linux"), reason="feenableexcept of glibc on x86-64"
+)
 def test_exceptions_that_the_host_has_unmasked_do_not_kill():
     """A host may ask for a signal at every inexact operation: none of ours reaches it, in any function or thread."""
     outputs = []

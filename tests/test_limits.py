@@ -118,8 +118,8 @@ def test_the_smallest_quota_on_the_way_up(tmp_path, name):
 
 @linux
 @pytest.mark.parametrize("text", ["", "\n", "max", "100000 ", "100000 max", "100000 0", "0 100000", "-1 100000",
-                                  "-100000 -100000", "1e5 100000", "100000 100000 1", "100000\t100000", " 1 1", "x", "\0",
-                                  "100000 100000x", "9" * 100000 + "x 1"])  # fmt: skip
+                                  "-100000 -100000", "1e5 100000", "100000 100000 1", "100000\t100000", " 1 1", "x",
+                                  "\0", "100000 100000x", "9" * 100000 + "x 1"])  # fmt: skip
 def test_text_that_is_no_quota(tmp_path, text):
     make(tmp_path, "0::/a\n4:cpu:/a\n", v2() + v1(), {
         **quota_v2(f"{ROOT}/a", text), **quota_v2(ROOT, "700000 100000"), **quota_v1(f"{CPU}/a", text, text),
@@ -131,10 +131,23 @@ def test_text_that_is_no_quota(tmp_path, text):
 def test_lines_that_say_nothing(tmp_path):
     """Every line is cut short at every byte, and spoilt at every byte, among lines that count."""
     groups, mounts = b"0::/a\n", v2().encode()
-    spoilt = [b"\n", b":\n", b"::\n", b"0::\n", b"0::a\n", b"x" * 100000 + b"\n", b"\xff\xfe::/\n", b"-\n", b" - \n", b"a - b\n"]
+    spoilt = [
+        b"\n",
+        b":\n",
+        b"::\n",
+        b"0::\n",
+        b"0::a\n",
+        b"x" * 100000 + b"\n",
+        b"\xff\xfe::/\n",
+        b"-\n",
+        b" - \n",
+        b"a - b\n",
+    ]
     for line in (b"4:cpu:/a", v1().encode()[:-1]):
         spoilt += [line[:end] + b"\n" for end in range(len(line))]
-        spoilt += [line[:at] + byte + line[at + 1 :] + b"\n" for at in range(len(line)) for byte in (b"\0", b" ", b"\\")]
+        spoilt += [
+            line[:at] + byte + line[at + 1 :] + b"\n" for at in range(len(line)) for byte in (b"\0", b" ", b"\\")
+        ]
     spoilt = b"".join(spoilt)
     make(tmp_path, spoilt + groups, spoilt + mounts + spoilt, quota_v2(f"{ROOT}/a", "300000 100000"))
     assert _quota_cpus(tmp_path) == 3

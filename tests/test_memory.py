@@ -32,7 +32,9 @@ def calls(positions, features, hidden, width, batch):
         "up_project": lambda out=None: fastblock.up_project(x, w1, b1, out=out),
         "down_project": lambda out=None: fastblock.down_project(h, w2, b2, out=out),
         "feed_forward": lambda out=None: fastblock.feed_forward(x, w1, b1, w2, b2, out=out),
-        "attention_weights": lambda out=None: fastblock.attention_weights(x, w_q, w_k, causal=True, key_mask=keep, out=out),
+        "attention_weights": lambda out=None: fastblock.attention_weights(
+            x, w_q, w_k, causal=True, key_mask=keep, out=out
+        ),
         "Block, weights": lambda out=None: block(x, a, out=out),
         "Block": lambda out=None: block(x, causal=True, key_mask=keep, out=out),
         "Block.feed_forward": lambda out=None: block.feed_forward(x, out=out),
@@ -54,7 +56,9 @@ def run():
         failures.append(error)
 
 for dtype in (np.float32, np.float64):
-    for sizes in [(5, 3, 4, 2, 1), (3, 300, 5000, 40, 1), (100, 40, 300, 9, 2), (300, 17, 40, 3, 2), (7, 600, 300, 300, 1)]:
+    for sizes in [
+        (5, 3, 4, 2, 1), (3, 300, 5000, 40, 1), (100, 40, 300, 9, 2), (300, 17, 40, 3, 2), (7, 600, 300, 300, 1),
+    ]:
         todo = calls(*sizes)
         fastblock.set_num_threads(1)
         want = {name: call().tobytes() for name, call in todo.items()}

@@ -24,7 +24,9 @@ CSRC = ROOT / "csrc"
 CC = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
-unix = pytest.mark.skipif(os.name != "posix" or sys.platform == "darwin", reason="nm and the flags of gcc and clang on ELF")
+unix = pytest.mark.skipif(
+    os.name != "posix" or sys.platform == "darwin", reason="nm and the flags of gcc and clang on ELF"
+)
 
 
 def run(*command, **options):
@@ -110,7 +112,9 @@ def test_wheel_size(source, tmp_path):
 @pytest.mark.slow
 def test_sdist(distributions):
     with tarfile.open(distributions[0]) as file:
-        members = {name.partition("/")[2]: member for name in file.getnames() if not (member := file.getmember(name)).isdir()}
+        members = {
+            name.partition("/")[2]: member for name in file.getnames() if not (member := file.getmember(name)).isdir()
+        }
     shipped = set(members)
     made = {"PKG-INFO", "setup.cfg", *(name for name in shipped if name.startswith("fastblock.egg-info/"))}
     expected = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
@@ -201,7 +205,9 @@ def test_global_symbols_of_the_c_core_start_with_fb(tmp_path):
 
 
 TIERS = ("avx2", "avx512", "neon", "portable")
-INTRINSIC = re.compile(r"\b(_mm(256|512)?_(?!prefetch|getcsr|setcsr)\w+|v(ld|st)1q?_\w+|vfmaq?_\w+|__m(128|256|512)\w*)\b")
+INTRINSIC = re.compile(
+    r"\b(_mm(256|512)?_(?!prefetch|getcsr|setcsr)\w+|v(ld|st)1q?_\w+|vfmaq?_\w+|__m(128|256|512)\w*)\b"
+)
 
 
 def test_intrinsics_are_in_the_simd_headers_only():

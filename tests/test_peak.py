@@ -11,9 +11,13 @@ from fastblock import _core
 
 def functions(library, name):
     """{symbol: disassembly} of the functions whose symbols contain `name`."""
-    listing = subprocess.run(["objdump", "-d", "--no-show-raw-insn", library], check=True, capture_output=True, text=True)
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", library], check=True, capture_output=True, text=True
+    )
     blocks = re.split(r"\n(?=[0-9a-f]+ <)", listing.stdout)
-    return {symbol: block for block in blocks if (symbol := block.partition("<")[2].partition(">")[0]) and name in symbol}
+    return {
+        symbol: block for block in blocks if (symbol := block.partition("<")[2].partition(">")[0]) and name in symbol
+    }
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")

@@ -58,12 +58,15 @@ def test_fma_is_rounded_once(dtype):
 
 
 def test_fma_of_a_tie_that_a_tiny_addend_breaks(dtype, same_bytes):
-    """The product lies half way between two numbers; an addend however small decides, on either side and for any sign."""
+    """The product lies half way between two numbers; any addend however small decides, on either side, for any sign."""
     info = np.finfo(dtype)
     bits, least = info.nmant + 1, int(np.log2(info.smallest_subnormal))
     one = dtype(1)
     for exponent in range(least + 2 * bits + 4, info.maxexp - 4, 37):
-        a, b = one + dtype(2.0 ** (1 - bits)), dtype(1.5) * dtype(2.0**exponent)  # 1.5 and half a unit in the last place
+        a, b = (
+            one + dtype(2.0 ** (1 - bits)),
+            dtype(1.5) * dtype(2.0**exponent),
+        )  # 1.5 and half a unit in the last place
         for c_exponent in {least, least + 1, (least + exponent) // 2, exponent - 2 * bits}:
             for sign_a in (1, -1):
                 for sign_c in (1, -1):

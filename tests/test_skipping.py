@@ -3,8 +3,9 @@
 Below 50000 multiply-adds a product is not searched for zeros. Above, every fourth tile of 6 rows is sampled; from 85 %
 nonzeros on (25 % of 4 to 7 rows) the dense tiles run, over the range that is not zero in all rows of a tile; below 1/8
 the lists of nonzeros are of whole blocks of 256, between of slices of 64. Where w2 has 2 MiB and more, and up to 2
-nonzeros, and 70 % of the positions, meet a hidden unit, whole rows of its transpose are read. `down_project` never skips, so it says what
-is expected of all; it is compared with the definition in test_exact.py, and here once more for a sample of rows.
+nonzeros, and 70 % of the positions, meet a hidden unit, whole rows of its transpose are read. `down_project` never
+skips, so it says what is expected of all; it is compared with the definition in test_exact.py, and here once more for a
+sample of rows.
 """
 
 import os

@@ -164,7 +164,7 @@ def test_one_block_of_several_has_them(dtype, every_tier, same_bytes):
 
 
 def test_a_block_that_is_not_the_first(dtype, every_tier, same_bytes):
-    """Subnormal rows whose first 256 k are zero or ordinary meet weights that are scaled: nothing larger hides a lost bit."""
+    """Subnormal rows, first 256 k zero or ordinary, meet weights that are scaled: nothing larger hides a lost bit."""
     rng = generator("subnormal second block")
     w = few(rng, (48, 520), dtype)
     for first in (0, 256):
@@ -179,7 +179,15 @@ def test_a_block_that_is_not_the_first(dtype, every_tier, same_bytes):
 def test_mixing_rows_of_several_kinds(dtype, every_tier, same_bytes):
     """From 128 rows on x is packed once and meets weights of another kind: it is scaled to and fro."""
     rng = generator("subnormal tiles of rows")
-    for kind in [ordinary, few, infinite, infinite_and_large, not_numbers, largest_that_may_be_raised, all_a_bit_smaller]:
+    for kind in [
+        ordinary,
+        few,
+        infinite,
+        infinite_and_large,
+        not_numbers,
+        largest_that_may_be_raised,
+        all_a_bit_smaller,
+    ]:
         x = kind(rng, (520, 20), dtype)
         weights = ordinary(rng, (520, 520), dtype)
         weights[:128] = few(rng, (128, 520), dtype)
@@ -311,7 +319,9 @@ def cases(dtype):
     wide, late = ordinary(rng, (128, 512), dtype), ordinary(rng, (128, 512), dtype)
     late[:, 256:][:, ::100] *= np.finfo(dtype).tiny
     return {
-        "mix_positions, weights": (lambda: fastblock.mix_positions(steep, x), lambda: fastblock.mix_positions(weights, x)),
+        "mix_positions, weights": (
+            lambda: fastblock.mix_positions(steep, x), lambda: fastblock.mix_positions(weights, x),
+        ),
         "mix_positions, x": (
             lambda: fastblock.mix_positions(weights, some(x)), lambda: fastblock.mix_positions(weights, x),
         ),
@@ -344,5 +354,8 @@ def test_cost(dtype, every_tier):
             continue
         for name, (call, ordinary_call) in cases(dtype).items():
             with fastblock.num_threads(1):
-                best = [min(times) for times in zip(*((seconds(call), seconds(ordinary_call)) for _ in range(15)), strict=True)]
+                best = [
+                    min(times)
+                    for times in zip(*((seconds(call), seconds(ordinary_call)) for _ in range(15)), strict=True)
+                ]
             assert best[0] < COST * best[1], f"{name}, {tier}: {best[0] / best[1]:.1f} times the cost"

@@ -381,8 +381,8 @@ assert 3 < most <= 3 + 4 + 1, most  # workers, callers, watcher
 
 
 def test_callers_of_small_calls():
-    """Without the GIL, which a small call of a block gives away for a key_mask, two callers may want the one small buffer
-    at the same time."""
+    """Without the GIL, which a small call of a block gives away for a key_mask, two callers may want the one small
+    buffer at the same time."""
     rng = np.random.default_rng(3)
     x = rng.standard_normal((8, 8, 16), np.float32)
     w_q, w_k = rng.standard_normal((2, 8, 16), np.float32)

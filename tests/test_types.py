@@ -14,7 +14,7 @@ import fastblock
 
 pytest.importorskip("mypy", reason="needs mypy")
 
-PROGRAM = '''
+PROGRAM = """
 from typing import Any, assert_type
 
 import numpy as np
@@ -115,7 +115,7 @@ assert_type(reference.down_project(x, w), F32)
 assert_type(reference.feed_forward(x, w, None, w, bias), F32)
 assert_type(reference.attention_weights(x, w, w, causal=True, key_mask=mask), F32)
 assert_type(reference.block(x, w, None, w, None, w_q=w, w_k=w, key_mask=mask, out=out), F32)
-'''
+"""
 
 # Every ignored error must be there: --strict reports an ignore that nothing needs.
 WRONG = """

@@ -330,14 +330,17 @@ static void run_raise_lower(int number)
 /* Sizes that overflow, which no caller from Python can ask for: there is no memory for them, and no less is taken. */
 static void run_sizes(int number)
 {
-    const ptrdiff_t large[] = {PTRDIFF_MAX, PTRDIFF_MAX / 2 + 1, PTRDIFF_MAX / 4, (ptrdiff_t)1 << (sizeof large[0] * 4), 5, 1, 0};
+    const ptrdiff_t large[] = {PTRDIFF_MAX, PTRDIFF_MAX / 2 + 1, PTRDIFF_MAX / 4, (ptrdiff_t)1 << (sizeof large[0] * 4),
+                               5, 1, 0};
     const ptrdiff_t rows = large[number % 7], cols = large[number / 7 % 7], size = F32 ? 4 : 8;
     const double bytes = (double)rows * (double)cols * (double)size;
     fb_arena arena = {0};
-    expect(fb_bytes(rows, cols, size) == (bytes < (double)FB_MOST_BYTES ? (ptrdiff_t)bytes : FB_MOST_BYTES), "fb_bytes", number);
+    expect(fb_bytes(rows, cols, size) == (bytes < (double)FB_MOST_BYTES ? (ptrdiff_t)bytes : FB_MOST_BYTES), "fb_bytes",
+           number);
     for (int i = 0; i < 9; i++) {
         fb_take(&arena, fb_bytes(rows, cols, size));
-        expect(bytes > 0 ? arena.used >= fb_bytes(rows, cols, size) && arena.used <= FB_MOST_BYTES : arena.used == 0, "fb_take",
+        expect(bytes > 0 ? arena.used >= fb_bytes(rows, cols, size) && arena.used <= FB_MOST_BYTES : arena.used == 0,
+               "fb_take",
                number);
     }
     if (bytes > 1e6) {
@@ -380,8 +383,9 @@ static void run_product_of(ptrdiff_t rows, int flags, kernel sparse)
                     .c_row = cols + 1, .t_row = chance(30) ? FB_ROW : cols + between(0, 3),
                     .first = flags & 1, .last = flags >> 1 & 1, .relu = flags >> 2 & 1, .skip = !sparse && finite};
     const int class = (int)between(0, CLASSES - 1);
-    void *a = g.skip || sparse || chance(20) ? sparse_array(rows, depth, a_row, class, chance(50) ? 0 : (int)between(0, 99))
-                                             : array(rows * a_row, class);
+    void *a = g.skip || sparse || chance(20)
+                  ? sparse_array(rows, depth, a_row, class, chance(50) ? 0 : (int)between(0, 99))
+                  : array(rows * a_row, class);
     g.a = a;
     g.stage = a_row == FB_ROW ? NULL : memory(rows * FB_ROW);
     g.b = array(padded * depth + tier->panel, (int)between(0, (finite ? FINITE : CLASSES) - 1));
@@ -438,7 +442,8 @@ static void run_product_rows(int number)
 /* As many columns as fit into the narrowest vector of all tiers. */
 static void run_product_small(int number)
 {
-    const ptrdiff_t rows = between(1, 9), cols = between(1, F32 ? 4 : 2), depth = number % 4 ? between(0, 9) : between(0, 256);
+    const ptrdiff_t rows = between(1, 9), cols = between(1, F32 ? 4 : 2),
+                    depth = number % 4 ? between(0, 9) : between(0, 256);
     const ptrdiff_t a_row = depth + between(0, 3), b_row = cols + between(0, 3);
     const int class = (int)between(0, CLASSES - 1);
     const fb_product g = {.a = array(rows * a_row, class), .a_row = a_row, .b = array(depth * b_row, class),
@@ -450,7 +455,8 @@ static void run_product_small(int number)
 
 static void run_sample(int number)
 {
-    const ptrdiff_t rows = between(1, 6), depth = number % 2 ? between(0, 256) : between(0, 40), row = depth + between(0, 3);
+    const ptrdiff_t rows = between(1, 6), depth = number % 2 ? between(0, 256) : between(0, 40),
+                    row = depth + between(0, 3);
     const int class = (int)between(0, CLASSES - 1);
     void *a = sparse_array(rows, depth, row, class, chance(50) ? 0 : (int)between(0, 100));
     ptrdiff_t span, nonzeros;
@@ -511,10 +517,12 @@ static void run_operation(int operation, int number)
         {1, 1, 1, 1}, {5, 3, 4, 2}, {17, 24, 40, 9}, {1, 260, 300, 16}, {2, 64, 272, 8}, {50, 33, 130, 12},
         {70, 48, 64, 20}, {260, 40, 30, 5}, {3, 5, 7, 2},
     };
-    const ptrdiff_t *size = sizes[number % 9], positions = size[0], features = size[1], hidden = size[2], width = size[3];
+    const ptrdiff_t *size = sizes[number % 9], positions = size[0], features = size[1], hidden = size[2],
+                    width = size[3];
     const ptrdiff_t batch = positions > 100 ? 1 : between(1, 3);
     const int wild = number / 9 % 2, shared = chance(30), causal = chance(50), given = chance(50);
-    const int class = wild ? (int)between(0, CLASSES - 1) : GAUSSIAN, other = wild ? (int)between(0, CLASSES - 1) : GAUSSIAN;
+    const int class = wild ? (int)between(0, CLASSES - 1) : GAUSSIAN,
+              other = wild ? (int)between(0, CLASSES - 1) : GAUSSIAN;
     fb_params params = {.dtype = dtype};
     params.w1 = packed(hidden, features, other);
     params.b1 = packed_bias(hidden, other);
@@ -545,8 +553,8 @@ static void run_operation(int operation, int number)
         status = fb_feed_forward(&params, x, batch * positions, out);
         break;
     case 2:
-        status = fb_mix_positions(dtype, batch, weights, shared ? 0 : positions * positions, x, positions * features, out,
-                                  positions, features);
+        status = fb_mix_positions(dtype, batch, weights, shared ? 0 : positions * positions, x, positions * features,
+                                  out, positions, features);
         break;
     case 3:
         status = fb_attention_weights(&params, batch, x, positions, causal, mask, out);
