@@ -1,9 +1,9 @@
 /* fb_block.c - the block, line for line reference.block: attention weights, mixing, feed-forward.
  *
- * Nothing but a tile of the attention weights of the block's own, of the mixed positions and of the hidden activations
- * exists at a time. Of as many batch items as fit into ATTENDED bytes, one at least, keys, queries and packed x exist. A block
- * of a few numbers takes a way of its own, because laying them out for the large kernels takes several times as long as to
- * compute them.
+ * Nothing but a tile of the attention weights of the block's own, of the mixed positions and of the hidden
+ * activations exists at a time. Of as many batch items as fit into ATTENDED bytes, one at least, keys, queries and
+ * packed x exist. A block of a few numbers takes a way of its own, because laying them out for the large kernels
+ * takes several times as long as to compute them.
  */
 #include "fb_internal.h"
 
@@ -129,10 +129,11 @@ static ptrdiff_t attend_part(const void *plan_, fb_arena arena, int part, int pa
     char *stage = plan->z ? NULL : fb_take(&arena, fb_stage_bytes(t->tier, plan->tile, features));
     char *own = plan->z || features <= FB_CHAIN ? stage : fb_take(&arena, plan->tile * plan->z_row * size);
     if (!arena.memory)
-        return fb_max(attend(plan, 0, 0, plan->tile, NULL, arena), plan->z ? 0 : feed(plan, own, plan->tile, stage, NULL, arena));
+        return fb_max(attend(plan, 0, 0, plan->tile, NULL, arena),
+                      plan->z ? 0 : feed(plan, own, plan->tile, stage, NULL, arena));
     for (ptrdiff_t n = part; n < t->batch * plan->tiles && !fb_stop(0); n += parts) {
-        const ptrdiff_t b = n / plan->tiles, i = n % plan->tiles * plan->tile, rows = fb_min(plan->tile, t->positions - i);
-        const ptrdiff_t row = b * t->positions + i;
+        const ptrdiff_t b = n / plan->tiles, i = n % plan->tiles * plan->tile, row = b * t->positions + i;
+        const ptrdiff_t rows = fb_min(plan->tile, t->positions - i);
         char *z = plan->z ? fb_at(plan->z, row * plan->z_row, size) : own;
         attend(plan, b, i, rows, z, arena);
         if (!plan->z)
@@ -182,14 +183,15 @@ static ptrdiff_t small_part(const void *job, fb_arena arena, int part, int parts
     const block_job *t = job;
     const fb_tier *tier = t->tier;
     const fb_params *params = t->params;
-    const ptrdiff_t positions = t->positions, features = params->w1.k, hidden = params->w1.n, end = t->batch * (part + 1) / parts;
+    const ptrdiff_t positions = t->positions, features = params->w1.k, hidden = params->w1.n;
+    const ptrdiff_t end = t->batch * (part + 1) / parts;
     enum { BYTES = SMALL_POSITIONS * FB_PANEL_BYTES };
     void *z = fb_take(&arena, BYTES), *h = fb_take(&arena, BYTES), *kept = fb_take(&arena, BYTES);
     if (!arena.memory)
         return arena.used;
     fb_product mixing = {.a_row = positions, .c_row = tier->lanes, .cols = features};
-    const fb_product up = {.a = z, .a_row = tier->lanes, .b = params->w1.data, .bias = params->b1, .c = h, .c_row = tier->lanes,
-                           .rows = positions, .cols = hidden, .depth = features, .relu = 1};
+    const fb_product up = {.a = z, .a_row = tier->lanes, .b = params->w1.data, .bias = params->b1, .c = h,
+                           .c_row = tier->lanes, .rows = positions, .cols = hidden, .depth = features, .relu = 1};
     fb_product down = {.a = h, .a_row = tier->lanes, .b = params->w2.data, .bias = params->b2, .c_row = features,
                        .rows = positions, .cols = features, .depth = hidden};
     const double work = (double)positions * (double)features * ((double)positions + 2.0 * (double)hidden);
@@ -238,11 +240,13 @@ static int is_small(const block_job *t)
 static ptrdiff_t mix_and_feed_forward(const block_job *t, fb_attention *attention, fb_arena arena)
 {
     const fb_tier *tier = t->tier;
-    const ptrdiff_t features = t->params->w1.k, hidden = t->params->w1.n, rows = t->batch * t->positions, size = tier->size;
+    const ptrdiff_t features = t->params->w1.k, hidden = t->params->w1.n, size = tier->size;
+    const ptrdiff_t rows = t->batch * t->positions;
     const double work = (double)rows * ((double)features * ((double)t->positions + 2.0 * (double)hidden) +
                                         (attention ? (double)t->positions * (double)(t->params->w_q.n + 32) : 0));
     const int threads = fb_threads(arena, work, fb_max(rows, hidden / tier->panel));
-    block_plan plan = {.job = t, .attention = attention, .tile = fb_stage_rows(tier, t->positions, features), .z_row = z_row(tier, features)};
+    block_plan plan = {.job = t, .attention = attention, .tile = fb_stage_rows(tier, t->positions, features),
+                       .z_row = z_row(tier, features)};
     const int by_columns = threads > 1 && rows < FB_FEW_ROWS * threads;
     ptrdiff_t used = arena.used;
     if (attention) {
@@ -255,7 +259,8 @@ static ptrdiff_t mix_and_feed_forward(const block_job *t, fb_attention *attentio
         char *values = fb_take(&arena, fb_bytes(rows, width, size));
         plan.values = fb_take(&arena, fb_bytes(t->batch, plan.blocks, sizeof *plan.values));
         for (ptrdiff_t b = 0; arena.memory && b < t->batch; b++)
-            place_values(&plan, &attention->keys[b], plan.values + b * plan.blocks, fb_at(values, b * t->positions * width, size));
+            place_values(&plan, &attention->keys[b], plan.values + b * plan.blocks,
+                         fb_at(values, b * t->positions * width, size));
         used = fb_max(used, fb_run(pack_part, &plan, threads, (int)fb_min(threads, t->batch * plan.blocks), arena));
     }
     if (by_columns) /* few rows: all mixed positions, then a feed-forward by columns */
@@ -306,7 +311,8 @@ static ptrdiff_t block(const void *job, fb_arena arena)
     if (t->weights)
         return is_small(t) ? small(t, arena) : mix_and_feed_forward(t, NULL, arena);
     const ptrdiff_t columns = is_small(t) ? t->positions : t->params->w1.k; /* of weights, or of packed x */
-    const double item = (double)t->positions * (double)t->tier->size * (2.0 * (double)t->params->w_q.n + (double)columns);
+    const double item =
+        (double)t->positions * (double)t->tier->size * (2.0 * (double)t->params->w_q.n + (double)columns);
     const ptrdiff_t step = fb_max(1, (ptrdiff_t)fb_min(t->batch, (ptrdiff_t)(ATTENDED / item)));
     for (ptrdiff_t b = 0; b < t->batch; b += step) {
         used = fb_max(used, attend_items(t, b, fb_min(step, t->batch - b), arena));
@@ -320,8 +326,8 @@ fb_status fb_block(const fb_params *params, ptrdiff_t batch, const void *x, ptrd
                    const void *weights, ptrdiff_t weights_batch, int causal, const uint8_t *key_mask, void *out)
 {
     return fb_call(block, &(block_job){
-        .tier = fb_tier_in_use(params->dtype), .params = params, .x = x, .weights = weights, .batch = batch, .x_batch = x_batch,
-        .weights_batch = weights_batch, .positions = positions, .out = out,
+        .tier = fb_tier_in_use(params->dtype), .params = params, .x = x, .weights = weights, .batch = batch,
+        .x_batch = x_batch, .weights_batch = weights_batch, .positions = positions, .out = out,
         /* weights that are given hold as they stand */
         .key_mask = weights ? NULL : key_mask, .causal = weights ? 0 : causal,
     });

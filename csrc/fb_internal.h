@@ -48,13 +48,14 @@ typedef struct fb_left {
     ptrdiff_t row;
     int shift; /* it holds 2^shift times its numbers */
 } fb_left;
-/* fb_subnormal.c. Of a packed matrix, or so many elements in another order: finite, range, shift, and scaled accordingly. */
+/* fb_subnormal.c. Of a packed matrix, or so many elements in another order: finite, range, shift, and scaled
+ * accordingly. */
 void fb_look_at_panels(const fb_tier *tier, fb_panels *b);
 void fb_look_at(const fb_tier *tier, fb_panels *b, ptrdiff_t elements);
 /* A left operand (rows x b->k) that is to meet b: a itself, or its numbers scaled, at `to`, staged; a may be there. */
 fb_left fb_fit(const fb_tier *tier, fb_left a, ptrdiff_t rows, const fb_panels *b, void *to);
-/* The same where b may change, too: afterwards it fits what is returned, and stands at spare, if that is not NULL. b is one
- * block; range {0, 0}: not known yet. */
+/* The same where b may change, too: afterwards it fits what is returned, and stands at spare, if that is not NULL. b
+ * is one block; range {0, 0}: not known yet. */
 fb_left fb_fit_both(const fb_tier *tier, fb_left a, ptrdiff_t rows, fb_panels *b, void *to, void *spare);
 /* tier->product, where A and B together hold 2^shift times their numbers, shift 0 or tier->shift; lowered: scratch. */
 void fb_product_fitted(const fb_tier *tier, const fb_product *g, int shift, void *lowered);
@@ -87,9 +88,10 @@ fb_operation fb_project_rows;
 FB_INLINE double fb_work_of(const fb_product *g) { return (double)g->rows * (double)g->depth * (double)g->cols; }
 fb_nonzeros fb_take_list(fb_arena *arena, const fb_tier *tier, ptrdiff_t rows, ptrdiff_t cols, int in_place);
 void fb_product_skipping(const fb_tier *tier, fb_product *g, int finite, fb_nonzeros list);
-/* fb_mix.c: n blocks of a product A B, one after the other, on one thread; of the product, these matter: a, a_row, next_a, c,
- * c_row, t, t_row, rows, at most FB_ROWS, cols, first_col, first, last. count: NULL, or of each row of A, which is zero from
- * there on, how many k take part. spare: memory for a block, or NULL, where the blocks may be scaled as they stand. */
+/* fb_mix.c: n blocks of a product A B, one after the other, on one thread; of the product, these matter: a, a_row,
+ * next_a, c, c_row, t, t_row, rows, at most FB_ROWS, cols, first_col, first, last. count: NULL, or of each row of A,
+ * which is zero from there on, how many k take part. spare: memory for a block, or NULL, where the blocks may be
+ * scaled as they stand. */
 void fb_mix_blocks(const fb_tier *tier, const fb_product *whole, fb_panels *blocks, ptrdiff_t n, const ptrdiff_t *count,
                    void *spare, fb_nonzeros list);
 /* Rows of x, all or those of these numbers, as a block, whose data, n and k are given. */
@@ -112,8 +114,8 @@ typedef struct fb_feeding {
     void *out;
 } fb_feeding;
 fb_operation fb_feed_forward_all;
-/* fb_attention.c: attention of some batch items. fb_attend takes memory for the keys and queries, which stays taken, and
- * makes them, on all threads; it returns what it used. */
+/* fb_attention.c: attention of some batch items. fb_attend takes memory for the keys and queries, which stays taken,
+ * and makes them, on all threads; it returns what it used. */
 typedef struct fb_keys { /* those that the mask allows */
     ptrdiff_t count;
     const ptrdiff_t *number; /* NULL: all */
@@ -136,8 +138,8 @@ typedef struct fb_attention {
 ptrdiff_t fb_attend(fb_attention *a, fb_arena *arena);
 /* How many of the allowed keys of item b each of the queries i .. i + rows may see. */
 void fb_count_keys(const fb_attention *a, ptrdiff_t b, ptrdiff_t i, ptrdiff_t rows, ptrdiff_t *count);
-/* An operation on one thread, the weights of these queries: out (rows, columns), out_row apart, one column for each allowed
- * key, and +0.0 from a row's count on. */
+/* An operation on one thread, the weights of these queries: out (rows, columns), out_row apart, one column for each
+ * allowed key, and +0.0 from a row's count on. */
 ptrdiff_t fb_weigh(const fb_attention *a, ptrdiff_t b, ptrdiff_t i, ptrdiff_t rows, const ptrdiff_t *count, void *out,
                    ptrdiff_t out_row, ptrdiff_t columns, fb_arena arena);
 /* The operation of fb_attention_weights. */

@@ -37,9 +37,9 @@ static void FN(pack)(const void *w_, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t 
         }
 }
 
-/* Rows of B as they are: B[k, j] = x[number[k]*x_row + j], k < depth, j < cols, into panels of one block; columns beyond
- * the last are +0.0. Returns whether all are finite: x * 0 is a zero for finite x, NaN for the others, and a NaN survives
- * every sum. Some rows at a time, so that what a panel gets is whole lines of one page. */
+/* Rows of B as they are: B[k, j] = x[number[k]*x_row + j], k < depth, j < cols, into panels of one block; columns
+ * beyond the last are +0.0. Returns whether all are finite: x * 0 is a zero for finite x, NaN for the others, and a
+ * NaN survives every sum. Some rows at a time, so that what a panel gets is whole lines of one page. */
 static int FN(pack_rows)(const void *x_, ptrdiff_t x_row, const ptrdiff_t *number, ptrdiff_t depth, ptrdiff_t cols,
                          void *panels)
 {

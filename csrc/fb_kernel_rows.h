@@ -1,5 +1,5 @@
-/* fb_kernel_rows.h - what is done to rows: bias and relu, softmax, subnormal numbers, and the primitives alone; a part of
- * fb_kernels_template.h. */
+/* fb_kernel_rows.h - what is done to rows: bias and relu, softmax, subnormal numbers, and the primitives alone; a
+ * part of fb_kernels_template.h. */
 
 /* ---- elementwise */
 
@@ -68,10 +68,10 @@ FB_INLINE void FN(exp_keys)(const int keys, REAL *s, ptrdiff_t row, VEC by, cons
     }
 }
 
-/* out[i, j] = e[j, i] * inverse[i] for the queries i of one vector and the keys j, +0.0 from there up to width. A line of
- * each row at a time, and what is streamed is whole lines: the first may be short, so that the others are. */
-FB_INLINE void FN(scale_keys)(const int stream, const REAL *e, ptrdiff_t row, ptrdiff_t keys, ptrdiff_t queries, VEC inverse,
-                              REAL *out, ptrdiff_t out_row, ptrdiff_t width)
+/* out[i, j] = e[j, i] * inverse[i] for the queries i of one vector and the keys j, +0.0 from there up to width. A
+ * line of each row at a time, and what is streamed is whole lines: the first may be short, so that the others are. */
+FB_INLINE void FN(scale_keys)(const int stream, const REAL *e, ptrdiff_t row, ptrdiff_t keys, ptrdiff_t queries,
+                              VEC inverse, REAL *out, ptrdiff_t out_row, ptrdiff_t width)
 {
     void (*const put)(REAL *, VEC) = stream ? V(stream) : V(store);
     const ptrdiff_t first = PANEL - (ptrdiff_t)((uintptr_t)out / sizeof(REAL)) % PANEL;
@@ -88,8 +88,10 @@ FB_INLINE void FN(scale_keys)(const int stream, const REAL *e, ptrdiff_t row, pt
                 for (int i = 0; i < LANES; i++)
                     square[v][i] = V(mul)(V(load)(e + (j + v * LANES + i) * row), inverse);
             } else {
-                for (int i = 0; i < LANES; i++)
-                    square[v][i] = v * LANES + i < n ? V(mul)(V(load)(e + (j + v * LANES + i) * row), inverse) : V(zero)();
+                for (int i = 0; i < LANES; i++) {
+                    const ptrdiff_t k = v * LANES + i;
+                    square[v][i] = k < n ? V(mul)(V(load)(e + (j + k) * row), inverse) : V(zero)();
+                }
             }
             V(transpose)(square[v]);
         }
@@ -166,8 +168,9 @@ static void FN(softmax)(void *scores_, ptrdiff_t row, ptrdiff_t queries, const p
         }
         for (ptrdiff_t i = 0; i < n; i++)
             if (inverse[i] != inverse[i]) {
+                const VEC nan = V(canonical)(V(splat)(inverse + i));
                 for (ptrdiff_t j = 0; j < count[i]; j += LANES)
-                    V(store_first)(out + i * out_row + j, V(canonical)(V(splat)(inverse + i)), fb_min(LANES, count[i] - j));
+                    V(store_first)(out + i * out_row + j, nan, fb_min(LANES, count[i] - j));
                 memset(out + i * out_row + count[i], 0, (size_t)(width - count[i]) * sizeof(REAL));
             }
     }
@@ -237,8 +240,8 @@ static void FN(range)(const void *x_, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t
     range->high = (int)fb_max(range->high, (ptrdiff_t)(high >> FRACTION));
 }
 
-/* The fraction of a subnormal number, with the exponent shift + 1, less the power of two of that exponent, is 2^shift times
- * the number: both are normal. By way of `some`, so that the compiler need not know whether from is to. */
+/* The fraction of a subnormal number, with the exponent shift + 1, less the power of two of that exponent, is 2^shift
+ * times the number: both are normal. By way of `some`, so that the compiler need not know whether from is to. */
 static void FN(raise)(const void *from_, ptrdiff_t from_row, ptrdiff_t rows, ptrdiff_t n, void *to_, ptrdiff_t to_row)
 {
     enum { SHIFT = FRACTION + 1, SOME = FB_PANEL_BYTES };
@@ -286,8 +289,8 @@ static void FN(fma)(const void *a_, const void *b_, const void *c_, void *out_, 
     }
 }
 
-/* The FMA units at work, on registers only: two loops, which must agree on how fast that is. Chains that begin alike would
- * be merged, and more than 16 would not all be unrolled and stay in registers. */
+/* The FMA units at work, on registers only: two loops, which must agree on how fast that is. Chains that begin alike
+ * would be merged, and more than 16 would not all be unrolled and stay in registers. */
 static double FN(fma_chains)(ptrdiff_t rounds, int loop, double *flops)
 {
     enum { CHAINS = 12, OTHER_CHAINS = 10 };

@@ -15,8 +15,8 @@ void fb_pack_block(const fb_tier *tier, const void *x, ptrdiff_t x_row, const pt
         fb_look_at_panels(tier, block);
 }
 
-/* A product whose block of B has something that is not finite, where row i may see its first count[i] - k keys only: its own
- * terms only, for a zero weight would not hide the others. */
+/* A product whose block of B has something that is not finite, where row i may see its first count[i] - k keys only:
+ * its own terms only, for a zero weight would not hide the others. */
 static void product_causal(const fb_tier *tier, const fb_product *whole, const ptrdiff_t *count, ptrdiff_t k)
 {
     fb_product g = *whole;

@@ -87,9 +87,10 @@ typedef struct fb_tier {
     /* One panel of one block: panel[k*panel + j] = w[j*w_row + k], j < rows <= panel, k < depth; +0.0 from j = rows
      * on. */
     void (*pack)(const void *w, ptrdiff_t w_row, ptrdiff_t rows, ptrdiff_t depth, void *panel);
-    /* The rows of B as they are, B[k, j] = x[k*x_row + j], k < depth, j < cols, as panels of one block; whether all are finite.
-     * number: NULL, or the numbers of these rows in x. */
-    int (*pack_rows)(const void *x, ptrdiff_t x_row, const ptrdiff_t *number, ptrdiff_t depth, ptrdiff_t cols, void *panels);
+    /* The rows of B as they are, B[k, j] = x[k*x_row + j], k < depth, j < cols, as panels of one block; whether all
+     * are finite. number: NULL, or the numbers of these rows in x. */
+    int (*pack_rows)(const void *x, ptrdiff_t x_row, const ptrdiff_t *number, ptrdiff_t depth, ptrdiff_t cols,
+                     void *panels);
     void (*product)(const fb_product *);
     /* The same from the nonzeros of A only; B must be finite. */
     void (*product_sparse)(const fb_product *, const fb_nonzeros *);
@@ -104,13 +105,14 @@ typedef struct fb_tier {
                    ptrdiff_t *nonzeros);
     /* out[i,j] = relu(finish(x[i,j], bias[j])) */
     void (*bias_relu)(const void *x, const void *bias, void *out, ptrdiff_t rows, ptrdiff_t cols);
-    /* Softmax of raw scores, queries side by side: scores[j * row + i] of key j and query i, scaled, over the first count[i]
-     * keys, not falling, and out[i, j] = its weight; out[i, count[i]:width] = +0.0. ends[] holds, ascending and closed by
-     * PTRDIFF_MAX, where the blocks of the chain end. The scores, memory for whole panels of queries, are destroyed.
-     * stream: out is too large to be found in a cache later. */
+    /* Softmax of raw scores, queries side by side: scores[j * row + i] of key j and query i, scaled, over the first
+     * count[i] keys, not falling, and out[i, j] = its weight; out[i, count[i]:width] = +0.0. ends[] holds, ascending
+     * and closed by PTRDIFF_MAX, where the blocks of the chain end. The scores, memory for whole panels of queries,
+     * are destroyed. stream: out is too large to be found in a cache later. */
     void (*softmax)(void *scores, ptrdiff_t row, ptrdiff_t queries, const ptrdiff_t *count, const ptrdiff_t *ends,
                     double scale, void *out, ptrdiff_t out_row, ptrdiff_t width, int stream);
-    /* Reads rows of n numbers so that fb_fp_met_subnormals can tell whether one was subnormal: far cheaper than range. */
+    /* Reads rows of n numbers so that fb_fp_met_subnormals can tell whether one was subnormal: far cheaper than
+     * range. */
     void (*touch)(const void *x, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n);
     /* The range of rows of n numbers, added to *range. */
     void (*range)(const void *x, ptrdiff_t x_row, ptrdiff_t rows, ptrdiff_t n, fb_range *range);

@@ -66,7 +66,9 @@ def _parser():
     )
     run.add_argument("params", metavar="PARAMS.npz", help="written by Block.save or Stack.save")
     run.add_argument("input", metavar="INPUT.npy", help="features, shape (..., positions, features)")
-    run.add_argument("-o", "--output", metavar="OUTPUT.npy", required=True, help="the result, in the shape of the input")
+    run.add_argument(
+        "-o", "--output", metavar="OUTPUT.npy", required=True, help="the result, in the shape of the input"
+    )
     run.add_argument(
         "--weights",
         metavar="A.npy",
@@ -168,7 +170,9 @@ def _write_results(file, model, x, weights, causal):
         while True:  # once at least, so that an empty batch meets the same checks
             start = time.monotonic()
             end = min(total, done + size)
-            file.write(model(_items(x, done, end), _items(weights, done, end) if batched else weights, causal=causal).data)
+            file.write(
+                model(_items(x, done, end), _items(weights, done, end) if batched else weights, causal=causal).data
+            )
             done = end
             if done == total:
                 return

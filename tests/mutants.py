@@ -676,7 +676,7 @@ MUTANTS = {  # file: (name, old text, new text)
         ),
         (
             "strided weights are packed as they stand",
-            "cdef const void *data = readable(w, f\"w{number}\", kind_of(dtype), n * k)",
+            'cdef const void *data = readable(w, f"w{number}", kind_of(dtype), n * k)',
             "cdef const void *data = cnp.PyArray_DATA(checked[0])",
         ),
         (
@@ -684,15 +684,27 @@ MUTANTS = {  # file: (name, old text, new text)
             "    if cnp.PyArray_TYPE(array) != kind:\n        dtype =",
             "    if False:\n        dtype =",
         ),
-        ("a strided bias is packed as it stands", "        b = contiguous(b)\n        if fb_bias_pack", "        if fb_bias_pack"),
+        (
+            "a strided bias is packed as it stands",
+            "        b = contiguous(b)\n        if fb_bias_pack",
+            "        if fb_bias_pack",
+        ),
         ("a block can be initialised twice", "if flag_is_set(&self.ready):  # asked", "if False:  # asked"),
         (
             "a block without parameters computes",
             'if not usually(flag_is_set(&self.ready)):\n            raise RuntimeError("the block has',
             'if False:\n            raise RuntimeError("the block has',
         ),
-        ("a copy of a block is another block", "        return self\n\n    def __deepcopy__", "        return Packed()\n\n    def __deepcopy__"),
-        ("pickles exchange two biases", "self.bias(p.b_q, &p.w_q), self.bias(p.b_k, &p.w_k))", "self.bias(p.b_k, &p.w_k), self.bias(p.b_q, &p.w_q))"),
+        (
+            "a copy of a block is another block",
+            "        return self\n\n    def __deepcopy__",
+            "        return Packed()\n\n    def __deepcopy__",
+        ),
+        (
+            "pickles exchange two biases",
+            "self.bias(p.b_q, &p.w_q), self.bias(p.b_k, &p.w_k))",
+            "self.bias(p.b_k, &p.w_k), self.bias(p.b_q, &p.w_q))",
+        ),
     ],
     "fastblock/_checks.pxd": [
         (

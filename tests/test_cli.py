@@ -197,7 +197,9 @@ def test_a_fault_of_the_environment_is_a_sentence(name, value, sentence, how, tm
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.mark.parametrize("how", [COMMAND, SCRIPT], ids=["-m", "script"])
-@pytest.mark.parametrize("module", ["numpy", "numpy.linalg", "fastblock._core", "fastblock.layers", "argparse", "fastblock.__main__"])
+@pytest.mark.parametrize(
+    "module", ["numpy", "numpy.linalg", "fastblock._core", "fastblock.layers", "argparse", "fastblock.__main__"]
+)
 def test_an_interrupt_while_modules_are_imported(module, how, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(f"""if True:
         import os, signal, sys
