@@ -1,7 +1,8 @@
 """The command line: ``fastblock`` or ``python -m fastblock``.
 
-Exit status 0: done. 1: a result differed from the reference, and nothing else. 2: bad input, or an output that cannot be
-written, in one sentence on stderr. 3: a fault of fastblock, with a traceback. 130, 141: interrupted, the reader has left.
+Exit status 0: done. 1: a result differed from the reference, and nothing else. 2: bad input, or an output that cannot
+be written, in one sentence on stderr. 3: a fault of fastblock, with a traceback. 130: interrupted. 141: the reader has
+left.
 """
 
 import argparse
@@ -33,8 +34,8 @@ def main(argv=None):
 
 class _Parser(argparse.ArgumentParser):
     def _print_message(self, message, file=None):
-        """What is wrong is said where there is somebody to tell; help that cannot be printed is a failure. Whether argparse
-        itself lets a failure pass depends on the version of Python."""
+        """What is wrong is said where there is somebody to tell; help that cannot be printed is a failure. Whether
+        argparse itself lets a failure pass depends on the version of Python."""
         stream = sys.stderr if file is None else file
         try:
             if stream is not None:

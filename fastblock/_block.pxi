@@ -313,7 +313,7 @@ cdef class PackedBlock:
 
         ::
 
-            y = relu((A x) w1ᵀ + b1) w2ᵀ + b2        A = weights, or softmax((x w_qᵀ + b_q)(x w_kᵀ + b_k)ᵀ / sqrt(E))
+            y = relu((A x) w1ᵀ + b1) w2ᵀ + b2    A = weights, or softmax((x w_qᵀ + b_q)(x w_kᵀ + b_k)ᵀ / sqrt(E))
 
         Parameters
         ----------

@@ -21,7 +21,8 @@ cdef extern from *:
     static inline PyObject *array_of_shape(int n, const npy_intp *dims, int kind)
     {
         PyObject *shape, *array = PyArray_SimpleNew(n, dims, kind);
-        if (!usually(array) && PyErr_ExceptionMatches(PyExc_ValueError) && (shape = PyArray_IntTupleFromIntp(n, dims))) {
+        if (!usually(array) && PyErr_ExceptionMatches(PyExc_ValueError) &&
+            (shape = PyArray_IntTupleFromIntp(n, dims))) {
             PyErr_Format(PyExc_MemoryError, "an array of shape %R is larger than the address space", shape);
             Py_DECREF(shape);
         }
@@ -105,7 +106,9 @@ cdef inline cnp.ndarray as_array(object a, str name):
 
 cdef inline cnp.ndarray as_array_like(object a, str name, cnp.ndarray first, str first_name):
     """`a` as an ndarray of the dtype of the first argument."""
-    return <cnp.ndarray>a if usually(is_of_type(a, cnp.PyArray_TYPE(first))) else as_other_like(a, name, first, first_name)
+    if usually(is_of_type(a, cnp.PyArray_TYPE(first))):
+        return <cnp.ndarray>a
+    return as_other_like(a, name, first, first_name)
 
 
 cdef inline bint is_of_type(object a, int kind) noexcept:
@@ -328,7 +331,8 @@ cdef inline bint overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 cdef inline cnp.ndarray target_for(cnp.ndarray result, object out, const Shape *shape,
                                    cnp.ndarray a, cnp.ndarray b, cnp.ndarray c):
-    """The result, or a temporary array if C cannot write it directly or would overwrite an input that it still reads."""
+    """The result, or a temporary array if C cannot write it directly or would overwrite an input that it still
+    reads."""
     return result if usually(out is None or (
         PyArray_ISCARRAY(result) and not overlap(result, a) and not overlap(result, b) and not overlap(result, c)
     )) else new_array(shape, cnp.PyArray_TYPE(result))

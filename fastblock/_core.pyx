@@ -5,8 +5,8 @@ Arguments that are not directly usable (strided, unaligned) are copied into cont
 converted. `out` is written directly if it can be, else through a temporary array, so that it may overlap an input.
 
 Between the checks and the call Python code may run: in other threads, or in a subclass of ndarray that is looked at. It
-may resize what was checked. So `readable` and `writable` take the pointers last of all, compare each array with what the
-checks have found, and no Python code runs from there to C.
+may resize what was checked. So `readable` and `writable` take the pointers last of all, compare each array with what
+the checks have found, and no Python code runs from there to C.
 
 The first line of a docstring is the signature for `inspect` and `help`. A required argument has the default `_nothing`
 in the code: then a call without it is told its name, which Cython's own message does not know.
@@ -504,8 +504,8 @@ cdef class num_threads:
     """num_threads(n)\n--\n\n\
     Context manager: large calls use up to `n` threads inside, and as many as before afterwards.
 
-    The number holds for the calls of the thread that enters, and for no other; in it, it goes before that of the process,
-    which `set_num_threads` sets. Of several contexts that a thread is in, the one entered last counts.
+    The number holds for the calls of the thread that enters, and for no other; in it, it goes before that of the
+    process, which `set_num_threads` sets. Of several contexts that a thread is in, the one entered last counts.
 
     Parameters
     ----------
@@ -587,5 +587,6 @@ def _peak(dtype, seconds=0.05):
         best[loop] = max(best[loop], flops / (time.perf_counter() - start) / 1e9)
         loop = 1 - loop
     if not 0.6 < best[0] / best[1] < 1.6:
-        raise RuntimeError(f"the FMA peak is {best[0]:.1f} GFLOP/s in one loop and {best[1]:.1f} in another: one measures something else")
+        raise RuntimeError(f"the FMA peak is {best[0]:.1f} GFLOP/s in one loop and {best[1]:.1f} in another: "
+                           "one measures something else")
     return max(best[0], best[1])

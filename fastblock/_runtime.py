@@ -165,8 +165,8 @@ def _check_environment() -> None:
 
 _check_environment()
 
-# threadpoolctl, where it is installed, sees and limits the threads: it finds a library by the name of its file and talks
-# to it through C symbols, so `threadpool_limits` and `threadpool_info` work here as they do for a BLAS.
+# threadpoolctl, where it is installed, sees and limits the threads: it finds a library by the name of its file and
+# talks to it through C symbols, so `threadpool_limits` and `threadpool_info` work here as they do for a BLAS.
 try:
     from threadpoolctl import LibController, register
 except ImportError:  # not installed, or older than 3.2: then there is nobody to tell

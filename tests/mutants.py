@@ -1,4 +1,4 @@
-"""Mutation testing: small wrong edits of csrc and of the Cython sources, one at a time, each of which the tests must notice.
+"""Mutation testing: small wrong edits of csrc and of the Cython sources, each of which the tests must notice.
 
     python tests/mutants.py                    every mutant: killed by which test, or survived
     python tests/mutants.py --list             names and files
@@ -9,8 +9,8 @@ result: thresholds and prefetches that change the time only, and edits that are 
 where the sum decides. A mutant whose old text is not in its file exactly once is out of date, which is an error.
 
 Each mutant is the baseline with one file changed: what depends on it is compiled (-O1) and linked into a package of its
-own, against which the fast tests run until the first failure, and then, for what Python cannot reach, tiers/tiers.c, whose
-output must be the baseline's. No existing tool does that for C and Cython together: Mull
+own, against which the fast tests run until the first failure, and then, for what Python cannot reach, tiers/tiers.c,
+whose output must be the baseline's. No existing tool does that for C and Cython together: Mull
 needs clang and test programs that it can link, mutmut and cosmic-ray edit Python. Takes about 20 s a mutant and core.
 """
 
@@ -387,7 +387,8 @@ MUTANTS = {  # file: (name, old text, new text)
         (
             "sparse: no bias in the last panel",
             "const REAL *bias = g->bias ? (const REAL *)g->bias + p * PANEL : NULL;\n    const uint16_t",
-            "const REAL *bias = g->bias && left >= PANEL ? (const REAL *)g->bias + p * PANEL : NULL;\n    const uint16_t",
+            "const REAL *bias = g->bias && left >= PANEL ? (const REAL *)g->bias + p * PANEL : NULL;\n"
+            "    const uint16_t",
         ),
         (
             "rows: round twice",
