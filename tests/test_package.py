@@ -118,7 +118,7 @@ def test_sdist(distributions):
     shipped = set(members)
     made = {"PKG-INFO", "setup.cfg", *(name for name in shipped if name.startswith("fastblock.egg-info/"))}
     expected = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
-    for folder in ("csrc", "fastblock", "tests", "benchmarks"):
+    for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             name = path.relative_to(ROOT).as_posix()
             if path.is_file() and "__pycache__" not in name and path.suffix not in (".so", ".o", ".pyc"):
@@ -128,11 +128,12 @@ def test_sdist(distributions):
     assert {name: size for name, size in pictures.items() if size > 60_000} == {}
 
 
+FOLDERS = "csrc", "fastblock", "tests", "benchmarks", "docs"
 PICTURES = ".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp", ".pdf"
 
 
 def test_pictures_are_small_and_all_that_is_linked_to_is_there():
-    for folder in ("csrc", "fastblock", "tests", "benchmarks"):
+    for folder in FOLDERS:
         pictures = [path for path in (ROOT / folder).rglob("*") if path.suffix in PICTURES]
         assert [path for path in pictures if path.stat().st_size > 60_000] == []
     for document in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
