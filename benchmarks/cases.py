@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 import numpy as np
+
 from fastblock import reference, walkthrough
 
 HEAD_WIDTH = 64  # of a block's query-key module; attention_weights alone is as wide as its input

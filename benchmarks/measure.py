@@ -17,6 +17,7 @@ from functools import partial
 from unittest.mock import patch
 
 import numpy as np
+
 from fastblock.walkthrough import wait_until_quiet
 
 from .contestants import CONTESTANTS, facts

@@ -1,8 +1,9 @@
 """``pytest benchmarks``: every case against NumPy on one thread, bits verified before the clock starts."""
 
-import fastblock
 import pytest
 from threadpoolctl import threadpool_limits
+
+import fastblock
 
 from .cases import CASES
 from .contestants import CONTESTANTS

@@ -591,7 +591,8 @@ def test_a_leading_axis_and_a_stack_of_one_change_nothing(dtype):
         ((x,), {"out": out}), ((x[::-1], a.T), {}), ((x, a), {"out": np.empty_like(x).T.copy().T}),
         ((x, a), {"causal": True}), ((x, a), {"key_mask": mask}), ((x, a), {"causal": "no"}), ((short, a), {}),
         ((x, a[:6]), {}), ((x, a.astype(other)), {}), ((x.astype(other), a), {}), ((x, a), {"out": short}),
-        ((x, a), {"out": locked}), ((x, a), {"out": x.astype(other)}), ((x.tolist(), a), {}), ((x,), {"key_mask": mask[:6]}),
+        ((x, a), {"out": locked}), ((x, a), {"out": x.astype(other)}), ((x.tolist(), a), {}),
+        ((x,), {"key_mask": mask[:6]}),
     ]:  # fmt: skip
         want = call_and_error(block, *args, **rule)
         assert call_and_error(stack, *args, **rule) == want

@@ -117,7 +117,8 @@ def test_sdist(distributions):
         }
     shipped = set(members)
     made = {"PKG-INFO", "setup.cfg", *(name for name in shipped if name.startswith("fastblock.egg-info/"))}
-    expected = {"CHANGELOG.md", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"}
+    expected = {"CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml"}
+    expected.add("setup.py")
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             name = path.relative_to(ROOT).as_posix()
