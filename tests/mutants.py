@@ -51,7 +51,7 @@ MUTANTS = {  # file: (name, old text, new text)
     "csrc/fb_attention.c": [
         ("causal: a position does not see itself", ": seen) <= i + r)", ": seen) < i + r)"),
         ("causal: masked keys are not counted", "(keys->number ? keys->number[seen] : seen) <=", "seen <="),
-        ("causal: the last keys of a mask", "keys->number[seen - 1] >= i)", "keys->number[seen - 1] > i)"),
+        ("causal: the last keys of a mask", "keys->number[seen - 1] >= i)", "keys->number[seen - 1] >= i + 2)"),
         ("masked keys move the blocks", "if (j % FB_CHAIN == FB_CHAIN - 1)", "if (0)"),
         ("the scale is rounded once", "params->dtype == FB_F32 ? (float)root : root", "root * (1 + 0x1p-40)"),
         ("one mask for the whole batch", "a->key_mask ? a->key_mask + b * a->positions : NULL", "a->key_mask"),
