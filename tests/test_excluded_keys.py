@@ -123,10 +123,11 @@ def test_weights_that_underflow_hide_nothing(dtype, every_tier, same_bytes):
 
 @pytest.mark.parametrize("positions", [5, 40, 300])
 def test_every_item_of_a_batch_has_its_own_mask(positions, dtype, every_tier, same_bytes):
-    """Also where the batch is so large that its weights are computed in several steps (16 MiB of them at a time)."""
-    batch = {5: 7, 40: 3, 300: 60}[positions]
+    """Also where the batch is so large that it is done in several steps (16 MiB of keys, queries and x at a time), and by
+    several threads."""
+    batch, width = {5: (7, 2), 40: (3, 2), 300: (60, 300)}[positions]
     rng = generator("masks of a batch", positions)
-    arrays = parameters(rng, 3, 4, 2, dtype)
+    arrays = parameters(rng, 3, 4, width, dtype)
     block, expected = both(arrays)
     keep = rng.random((batch, positions)) < 0.7
     x = spoiled(rng.standard_normal((batch, positions, 3)).astype(dtype), keep, NAN)
