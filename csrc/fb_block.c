@@ -29,67 +29,27 @@ typedef struct block_job {
 typedef struct block_plan {
     const block_job *job;
     ptrdiff_t tile, z_row;
-    char *z; /* by columns: all mixed positions, and no feed-forward yet */
+    int by_columns; /* few rows: all mixed positions, to z, and then a feed-forward by columns */
+    char *z;
     /* weights of the block's own: the tiles and the blocks of an item, and its x in these, those of depth 0 last */
     const fb_attention *attention;
     ptrdiff_t tiles, blocks;
     fb_panels *values;
 } block_plan;
 
-static ptrdiff_t z_row(const fb_tier *tier, ptrdiff_t features)
-{
-    return features <= FB_CHAIN ? FB_ROW : fb_round_up(features, tier->panel);
-}
-
-/* out (n rows) = the feed-forward of z, which if it is one block of features is at `stage` */
-static ptrdiff_t feed(const block_plan *plan, const char *z, ptrdiff_t n, void *stage, void *out, fb_arena arena)
-{
-    const fb_tier *tier = plan->job->tier;
-    const fb_params *params = plan->job->params;
-    if (!arena.memory)
-        return fb_feed_forward_rows(tier, params, (fb_left){0}, n, NULL, arena);
-    const fb_left mixed = z == stage ? fb_fit(tier, (fb_left){z, plan->z_row, 0}, n, &params->w1, stage)
-                                     : fb_stage(tier, z, plan->z_row, n, &params->w1, params->w1.n, stage);
-    return fb_feed_forward_rows(tier, params, mixed, n, out, arena);
-}
-
-/* ---- weights that are given */
-
-/* z (n x D, z_row apart) = mixed positions row .. row + n of the batch, all of one item */
-static ptrdiff_t mix(const block_plan *plan, ptrdiff_t row, ptrdiff_t n, void *z, fb_arena arena)
+/* z (n x D, z_row apart) = what the weights that are given make of positions i .. i + n of item b */
+static ptrdiff_t mix(const block_plan *plan, ptrdiff_t b, ptrdiff_t i, ptrdiff_t n, void *z, fb_arena arena)
 {
     const block_job *t = plan->job;
-    const ptrdiff_t b = row / t->positions;
     return fb_mix_rows(t->tier, &(fb_mixing){
         .weights = fb_at(t->weights, b * t->weights_batch, t->tier->size),
         .x = fb_at(t->x, b * t->x_batch, t->tier->size),
         .positions = t->positions,
         .features = t->params->w1.k,
-    }, row % t->positions, n, z, plan->z_row, arena);
+    }, i, n, z, plan->z_row, arena);
 }
 
-/* All rows of the batch in one line, cut evenly, in tiles that do not cross from one batch item to the next. */
-static ptrdiff_t mix_part(const void *plan_, fb_arena arena, int part, int parts)
-{
-    const block_plan *plan = plan_;
-    const block_job *t = plan->job;
-    const ptrdiff_t total = t->batch * t->positions, end = total * (part + 1) / parts, features = t->params->w1.k;
-    char *stage = fb_take(&arena, fb_stage_bytes(t->tier, plan->tile, features));
-    /* one block of features: mixed where it is wanted */
-    char *z = features <= FB_CHAIN ? stage : fb_take(&arena, plan->tile * plan->z_row * t->tier->size);
-    if (!arena.memory)
-        return fb_max(mix(plan, 0, plan->tile, NULL, arena), feed(plan, z, plan->tile, stage, NULL, arena));
-    for (ptrdiff_t row = total * part / parts, n; row < end; row += n) {
-        n = fb_min(fb_min(plan->tile, t->positions - row % t->positions), end - row);
-        mix(plan, row, n, z, arena);
-        feed(plan, z, n, stage, fb_at(t->out, row * features, t->tier->size), arena);
-    }
-    return arena.used;
-}
-
-/* ---- weights of the block's own */
-
-/* z (n x D, z_row apart) = what the positions i .. i + n of item b attend to */
+/* The same, what they attend to. */
 static ptrdiff_t attend(const block_plan *plan, ptrdiff_t b, ptrdiff_t i, ptrdiff_t n, void *z, fb_arena arena)
 {
     const block_job *t = plan->job;
@@ -98,17 +58,17 @@ static ptrdiff_t attend(const block_plan *plan, ptrdiff_t b, ptrdiff_t i, ptrdif
     const ptrdiff_t columns = fb_round_up(fb_even(width, ATTENDED_COLUMNS), tier->panel);
     const ptrdiff_t row = fb_round_up(t->positions, tier->panel) + tier->panel; /* not a power of two */
     void *weights = fb_take(&arena, fb_bytes(plan->tile, row, size));
-    const fb_arena free = arena;
-    void *spare = fb_take(&arena, fb_min(FB_CHAIN, t->positions) * width * size);
+    const fb_arena rest = arena; /* needed until the weights are there, before the others are */
+    void *spare = fb_take(&arena, fb_min(FB_CHAIN, t->positions) * columns * size);
     const fb_nonzeros list = fb_take_list(&arena, tier, plan->tile, 0, 0);
     if (!arena.memory)
-        return fb_max(arena.used, fb_weigh(plan->attention, 0, 0, plan->tile, NULL, NULL, 0, 0, free));
+        return fb_max(arena.used, fb_weigh(plan->attention, 0, 0, plan->tile, NULL, NULL, 0, 0, rest));
     ptrdiff_t count[FB_ROWS], blocks = 0, seen = 0;
     fb_panels *values = plan->values + b * plan->blocks;
     fb_count_keys(plan->attention, b, i, n, count);
     for (; seen < count[n - 1]; blocks++)
         seen += values[blocks].k;
-    fb_weigh(plan->attention, b, i, n, count, weights, row, seen, free);
+    fb_weigh(plan->attention, b, i, n, count, weights, row, seen, rest);
     for (ptrdiff_t j = 0; j < width; j += columns) {
         fb_product g = {.a = weights, .a_row = row, .c_row = plan->z_row, .t_row = plan->z_row, .rows = n,
                         .cols = fb_min(columns, width - j), .first_col = j, .first = 1, .last = 1};
@@ -120,24 +80,59 @@ static ptrdiff_t attend(const block_plan *plan, ptrdiff_t b, ptrdiff_t i, ptrdif
     return arena.used;
 }
 
-/* Every parts-th tile: with causal the later ones are longer. */
+/* z (n x D, z_row apart) = positions i .. i + n of item b, mixed */
+static ptrdiff_t mixed(const block_plan *plan, ptrdiff_t b, ptrdiff_t i, ptrdiff_t n, void *z, fb_arena arena)
+{
+    return plan->attention ? attend(plan, b, i, n, z, arena) : mix(plan, b, i, n, z, arena);
+}
+
+/* The same positions: mixed, and unless that waits for all of them, fed forward. */
+static ptrdiff_t block_rows(const block_plan *plan, ptrdiff_t b, ptrdiff_t i, ptrdiff_t n, fb_arena arena)
+{
+    const block_job *t = plan->job;
+    const fb_tier *tier = t->tier;
+    const fb_params *params = t->params;
+    const ptrdiff_t features = params->w1.k, row = b * t->positions + i;
+    if (plan->by_columns)
+        return mixed(plan, b, i, n, fb_at(plan->z, row * plan->z_row, tier->size), arena);
+    void *stage = fb_take(&arena, fb_stage_bytes(tier, plan->tile, features));
+    /* one block of features: mixed where it is wanted */
+    void *z = features <= FB_CHAIN ? stage : fb_take(&arena, plan->tile * plan->z_row * tier->size);
+    const ptrdiff_t used = mixed(plan, b, i, n, z, arena);
+    fb_left left = {z, plan->z_row, 0};
+    if (arena.memory)
+        left = z == stage ? fb_fit(tier, left, n, &params->w1, stage)
+                          : fb_stage(tier, z, plan->z_row, n, &params->w1, params->w1.n, stage);
+    return fb_max(used, fb_feed_forward_rows(tier, params, left, n, fb_at(t->out, row * features, tier->size), arena));
+}
+
+/* Weights that are given: all rows of the batch in one line, cut evenly, in tiles that do not cross from one batch item
+ * to the next. */
+static ptrdiff_t mix_part(const void *plan_, fb_arena arena, int part, int parts)
+{
+    const block_plan *plan = plan_;
+    const ptrdiff_t positions = plan->job->positions, total = plan->job->batch * positions;
+    const ptrdiff_t end = total * (part + 1) / parts;
+    if (!arena.memory)
+        return block_rows(plan, 0, 0, plan->tile, arena);
+    for (ptrdiff_t row = total * part / parts, n; row < end; row += n) {
+        const ptrdiff_t b = row / positions, i = row % positions;
+        n = fb_min(fb_min(plan->tile, positions - i), end - row);
+        block_rows(plan, b, i, n, arena);
+    }
+    return arena.used;
+}
+
+/* Weights of the block's own: every parts-th tile, for with causal the later ones are longer. */
 static ptrdiff_t attend_part(const void *plan_, fb_arena arena, int part, int parts)
 {
     const block_plan *plan = plan_;
-    const block_job *t = plan->job;
-    const ptrdiff_t features = t->params->w1.k, size = t->tier->size;
-    char *stage = plan->z ? NULL : fb_take(&arena, fb_stage_bytes(t->tier, plan->tile, features));
-    char *own = plan->z || features <= FB_CHAIN ? stage : fb_take(&arena, plan->tile * plan->z_row * size);
+    const ptrdiff_t positions = plan->job->positions, tiles = plan->job->batch * plan->tiles;
     if (!arena.memory)
-        return fb_max(attend(plan, 0, 0, plan->tile, NULL, arena),
-                      plan->z ? 0 : feed(plan, own, plan->tile, stage, NULL, arena));
-    for (ptrdiff_t n = part; n < t->batch * plan->tiles && !fb_stop(0); n += parts) {
-        const ptrdiff_t b = n / plan->tiles, i = n % plan->tiles * plan->tile, row = b * t->positions + i;
-        const ptrdiff_t rows = fb_min(plan->tile, t->positions - i);
-        char *z = plan->z ? fb_at(plan->z, row * plan->z_row, size) : own;
-        attend(plan, b, i, rows, z, arena);
-        if (!plan->z)
-            feed(plan, z, rows, stage, fb_at(t->out, row * features, size), arena);
+        return block_rows(plan, 0, 0, plan->tile, arena);
+    for (ptrdiff_t n = part; n < tiles && !fb_stop(0); n += parts) {
+        const ptrdiff_t b = n / plan->tiles, i = n % plan->tiles * plan->tile;
+        block_rows(plan, b, i, fb_min(plan->tile, positions - i), arena);
     }
     return arena.used;
 }
@@ -148,14 +143,14 @@ static ptrdiff_t pack_part(const void *plan_, fb_arena arena, int part, int part
     const block_plan *plan = plan_;
     const block_job *t = plan->job;
     for (ptrdiff_t n = part; arena.memory && n < t->batch * plan->blocks && !fb_stop(0); n += parts) {
-        const ptrdiff_t b = n / plan->blocks, i = n % plan->blocks, size = t->tier->size, features = t->params->w1.k;
-        const fb_keys *keys = &plan->attention->keys[b];
+        const ptrdiff_t b = n / plan->blocks, size = t->tier->size, features = t->params->w1.k;
+        const ptrdiff_t *number = plan->attention->keys[b].number;
         ptrdiff_t first = 0;
-        for (ptrdiff_t before = 0; before < i; before++)
-            first += plan->values[n - i + before].k;
-        const char *x = fb_at(t->x, b * t->x_batch + (keys->number ? 0 : first * features), size);
+        for (const fb_panels *before = &plan->values[b * plan->blocks]; before < &plan->values[n]; before++)
+            first += before->k;
         if (plan->values[n].k)
-            fb_pack_block(t->tier, x, features, keys->number ? keys->number + first : NULL, &plan->values[n]);
+            fb_pack_block(t->tier, fb_at(t->x, b * t->x_batch + (number ? 0 : first * features), size), features,
+                          number ? number + first : NULL, &plan->values[n]);
     }
     return arena.used;
 }
@@ -240,44 +235,39 @@ static int is_small(const block_job *t)
 static ptrdiff_t mix_and_feed_forward(const block_job *t, fb_attention *attention, fb_arena arena)
 {
     const fb_tier *tier = t->tier;
-    const ptrdiff_t features = t->params->w1.k, hidden = t->params->w1.n, size = tier->size;
-    const ptrdiff_t rows = t->batch * t->positions;
-    const double work = (double)rows * ((double)features * ((double)t->positions + 2.0 * (double)hidden) +
-                                        (attention ? (double)t->positions * (double)(t->params->w_q.n + 32) : 0));
-    const int threads = fb_threads(arena, work, fb_max(rows, hidden / tier->panel));
-    block_plan plan = {.job = t, .attention = attention, .tile = fb_stage_rows(tier, t->positions, features),
-                       .z_row = z_row(tier, features)};
-    const int by_columns = threads > 1 && rows < FB_FEW_ROWS * threads;
+    const ptrdiff_t features = t->params->w1.k, hidden = t->params->w1.n, size = tier->size, positions = t->positions;
+    const ptrdiff_t rows = t->batch * positions;
+    const ptrdiff_t terms = features + (attention ? t->params->w_q.n + 32 : 0);
+    const double mixing = (double)rows * (double)positions * (double)terms;
+    const double work = mixing + 2.0 * (double)rows * (double)features * (double)hidden;
+    int threads = fb_threads(arena, work, fb_max(rows, hidden / tier->panel));
+    block_plan plan = {.job = t, .attention = attention, .tile = fb_stage_rows(tier, positions, features),
+                       .z_row = features <= FB_CHAIN ? FB_ROW : fb_round_up(features, tier->panel),
+                       .by_columns = threads > 1 && rows < FB_FEW_ROWS * threads};
+    if (plan.by_columns)
+        threads = fb_threads(arena, mixing, rows);
+    const double share = plan.by_columns ? mixing : work;
     ptrdiff_t used = arena.used;
+    int parts = fb_parts(threads, share, rows / FB_PART_ROWS);
     if (attention) {
         const ptrdiff_t most = FB_QUERY_PANELS * tier->panel, width = fb_round_up(features, tier->panel);
-        plan.tile = fb_min(fb_min(plan.tile, rows / threads), WEIGHTS / (t->positions * size));
-        plan.tile = fb_min(t->positions, fb_max(most, fb_min(FB_ROWS, plan.tile + most - 1) / most * most));
-        plan.tiles = (t->positions + plan.tile - 1) / plan.tile;
-        plan.blocks = t->positions / FB_CHAIN + 1;
+        plan.tile = fb_min(fb_min(plan.tile, rows / threads), WEIGHTS / (positions * size));
+        plan.tile = fb_min(positions, fb_max(most, fb_min(FB_ROWS, plan.tile + most - 1) / most * most));
+        plan.tiles = (positions + plan.tile - 1) / plan.tile;
+        plan.blocks = positions / FB_CHAIN + 1;
+        parts = fb_parts(threads, share, t->batch * plan.tiles);
         used = fb_attend(attention, &arena);
         char *values = fb_take(&arena, fb_bytes(rows, width, size));
         plan.values = fb_take(&arena, fb_bytes(t->batch, plan.blocks, sizeof *plan.values));
         for (ptrdiff_t b = 0; arena.memory && b < t->batch; b++)
             place_values(&plan, &attention->keys[b], plan.values + b * plan.blocks,
-                         fb_at(values, b * t->positions * width, size));
+                         fb_at(values, b * positions * width, size));
         used = fb_max(used, fb_run(pack_part, &plan, threads, (int)fb_min(threads, t->batch * plan.blocks), arena));
     }
-    if (by_columns) /* few rows: all mixed positions, then a feed-forward by columns */
+    if (plan.by_columns)
         plan.z = fb_take(&arena, rows * plan.z_row * size);
-    if (attention)
-        used = fb_max(used, fb_run(attend_part, &plan, threads, fb_parts(threads, work, t->batch * plan.tiles), arena));
-    else if (!by_columns)
-        used = fb_max(used, fb_run(mix_part, &plan, threads, fb_parts(threads, work, rows / FB_PART_ROWS), arena));
-    if (!by_columns)
-        return used;
-    if (!attention)
-        used = fb_max(used, mix(&plan, 0, plan.tile, NULL, (fb_arena){.used = arena.used}));
-    for (ptrdiff_t row = 0, n; !attention && arena.memory && row < rows; row += n) {
-        n = fb_min(plan.tile, t->positions - row % t->positions);
-        mix(&plan, row, n, fb_at(plan.z, row * plan.z_row, size), arena);
-    }
-    return fb_max(used, fb_feed_forward_all(&(fb_feeding){
+    used = fb_max(used, fb_run(attention ? attend_part : mix_part, &plan, threads, parts, arena));
+    return !plan.by_columns ? used : fb_max(used, fb_feed_forward_all(&(fb_feeding){
         .tier = tier, .params = t->params, .x = plan.z, .x_row = plan.z_row, .rows = rows, .out = t->out,
     }, arena));
 }

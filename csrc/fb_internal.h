@@ -89,9 +89,10 @@ FB_INLINE double fb_work_of(const fb_product *g) { return (double)g->rows * (dou
 fb_nonzeros fb_take_list(fb_arena *arena, const fb_tier *tier, ptrdiff_t rows, ptrdiff_t cols, int in_place);
 void fb_product_skipping(const fb_tier *tier, fb_product *g, int finite, fb_nonzeros list);
 /* fb_mix.c: n blocks of a product A B, one after the other, on one thread; of the product, these matter: a, a_row,
- * next_a, c, c_row, t, t_row, rows, at most FB_ROWS, cols, first_col, first, last. count: NULL, or of each row of A,
- * which is zero from there on, how many k take part. spare: memory for a block, or NULL, where the blocks may be
- * scaled as they stand. */
+ * next_a, c, c_row, t, t_row, rows, at most FB_ROWS, cols, first_col (0 without
+ * spare), first, last. count: NULL, or of each row of A,
+ * which is zero from there on, how many k take part. spare: memory for these
+ * columns of a block, or NULL, where the blocks may be scaled as they stand. */
 void fb_mix_blocks(const fb_tier *tier, const fb_product *whole, fb_panels *blocks, ptrdiff_t n, const ptrdiff_t *count,
                    void *spare, fb_nonzeros list);
 /* Rows of x, all or those of these numbers, as a block, whose data, n and k are given. */

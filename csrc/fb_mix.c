@@ -38,6 +38,10 @@ void fb_mix_blocks(const fb_tier *tier, const fb_product *whole, fb_panels *bloc
     for (ptrdiff_t i = 0; i < n && !fb_stop(0); k += blocks[i++].k) {
         fb_panels block = blocks[i];
         fb_product g = *whole;
+        if (spare) { /* what may be scaled, there, is the columns that take part */
+            block.data = fb_at(block.data, whole->first_col * block.k, tier->size);
+            block.n = whole->cols;
+        }
         fb_nonzeros own = list;
         g.a = fb_at(whole->a, k, tier->size);
         g.next_a = i + 1 < n ? fb_at(g.a, block.k, tier->size) : whole->next_a;
@@ -52,7 +56,7 @@ void fb_mix_blocks(const fb_tier *tier, const fb_product *whole, fb_panels *bloc
             g.a = left.at;
             g.a_row = left.row;
         }
-        g.b = fb_at(block.data, whole->first_col * block.k, tier->size);
+        g.b = block.data;
         if (count && !block.finite)
             product_causal(tier, &g, count, k);
         else

@@ -102,7 +102,7 @@ MUTANTS = {  # file: (name, old text, new text)
         ),
         (
             "a tile crosses into the next batch item",
-            "fb_min(fb_min(plan->tile, t->positions - row % t->positions), end - row)",
+            "fb_min(fb_min(plan->tile, positions - i), end - row)",
             "fb_min(plan->tile, end - row)",
         ),
         ("small blocks share the key_mask", "t->key_mask[b * positions + j]", "t->key_mask[j]"),
@@ -111,17 +111,8 @@ MUTANTS = {  # file: (name, old text, new text)
         ("x of the first step for all", "items.x = fb_at(t->x, b * t->x_batch, size);", "items.x = t->x;"),
         ("attention is never causal", ".causal = t->causal};", ".causal = 0};"),
         ("garbage at later keys spreads", "t->causal ? count : NULL", "NULL"),
-        (
-            "few rows: one row of z too low",
-            "fb_at(plan.z, row * plan.z_row, size)",
-            "fb_at(plan.z, row / 2 * plan.z_row, size)",
-        ),
-        ("few rows that attend: all in one place", "fb_at(plan->z, row * plan->z_row, size)", "plan->z"),
         ("a row without keys is left as it was", "memset(z, 0, (size_t)(n * plan->z_row * size));", "(void)z;"),
         ("values of the first batch item", "plan->values + b * plan->blocks;", "plan->values;"),
-        ("values of the first block", "first += plan->values[n - i + before].k;", ";"),
-        ("values of the first keys", "keys->number + first : NULL", "keys->number : NULL"),
-        ("values of masked keys", "keys->number ? keys->number + first : NULL", "NULL"),
         (
             "masked values move the blocks",
             "fb_min(*end, keys->count) - first;",
@@ -133,6 +124,15 @@ MUTANTS = {  # file: (name, old text, new text)
             "t->causal ? count : NULL, NULL,",
         ),
         ("wide features attend to the first", ".first_col = j,", ".first_col = 0,"),
+        (
+            "few rows: one row of z too low",
+            "fb_at(plan->z, row * plan->z_row, tier->size)",
+            "fb_at(plan->z, row / 2 * plan->z_row, tier->size)",
+        ),
+        ("few rows: all in one place", "fb_at(plan->z, row * plan->z_row, tier->size)", "plan->z"),
+        ("values of the first block", "first += before->k;", ";"),
+        ("values of the first keys", "number ? number + first : NULL", "number"),
+        ("values of masked keys", "number ? number + first : NULL", "NULL"),
     ],
     "csrc/fb_dispatch.c": [
         ("a tier that is not there is used", "    if (!fb_isa_usable(i))\n        return 0;\n", ""),
