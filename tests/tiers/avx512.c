@@ -82,38 +82,28 @@ static __m512d quarters_shuffle_f64x2(__m512d a, __m512d b, int which)
 }
 /* Of each lane its class, and of the class what becomes of it: 0 that of a, 1 that of v, 8 +0.0. SIMDe 0.7.4 takes
  * subnormal numbers for zeros. */
-static __m512 lanes_fixupimm_ps(__m512 a, __m512 v, __m512i table)
-{
-    float from[16], to[16];
-    uint32_t classes[16];
-    memcpy(from, &v, sizeof from);
-    memcpy(to, &a, sizeof to);
-    memcpy(classes, &table, sizeof classes);
-    for (int i = 0; i < 16; i++) {
-        const float x = from[i];
-        const int class = x != x ? 0 : x == 0 ? 2 : x == 1 ? 3 : x == -INFINITY ? 4 : x == INFINITY ? 5 : x < 0 ? 6 : 7;
-        const int becomes = classes[i] >> 4 * class & 15;
-        to[i] = becomes == 0 ? to[i] : becomes == 1 ? x : 0;
+#define LANES_FIXUPIMM(name, vector, real, bits)                                                                       \
+    static vector name(vector a, vector v, __m512i table)                                                              \
+    {                                                                                                                  \
+        enum { LANES = sizeof(vector) / sizeof(real) };                                                                \
+        real from[LANES], to[LANES];                                                                                   \
+        bits classes[LANES];                                                                                           \
+        memcpy(from, &v, sizeof from);                                                                                 \
+        memcpy(to, &a, sizeof to);                                                                                     \
+        memcpy(classes, &table, sizeof classes);                                                                       \
+        for (int i = 0; i < LANES; i++) {                                                                              \
+            const real x = from[i];                                                                                    \
+            const int finite = x == 0 ? 2 : x == 1 ? 3 : x < 0 ? 6 : 7;                                                \
+            const int class = x != x ? 0 : x == -INFINITY ? 4 : x == INFINITY ? 5 : finite;                            \
+            const int becomes = classes[i] >> 4 * class & 15;                                                          \
+            to[i] = becomes == 0 ? to[i] : becomes == 1 ? x : 0;                                                       \
+        }                                                                                                              \
+        memcpy(&v, to, sizeof v);                                                                                      \
+        return v;                                                                                                      \
     }
-    memcpy(&v, to, sizeof v);
-    return v;
-}
-static __m512d lanes_fixupimm_pd(__m512d a, __m512d v, __m512i table)
-{
-    double from[8], to[8];
-    uint64_t classes[8];
-    memcpy(from, &v, sizeof from);
-    memcpy(to, &a, sizeof to);
-    memcpy(classes, &table, sizeof classes);
-    for (int i = 0; i < 8; i++) {
-        const double x = from[i];
-        const int class = x != x ? 0 : x == 0 ? 2 : x == 1 ? 3 : x == -INFINITY ? 4 : x == INFINITY ? 5 : x < 0 ? 6 : 7;
-        const int becomes = classes[i] >> 4 * class & 15;
-        to[i] = becomes == 0 ? to[i] : becomes == 1 ? x : 0;
-    }
-    memcpy(&v, to, sizeof v);
-    return v;
-}
+LANES_FIXUPIMM(lanes_fixupimm_ps, __m512, float, uint32_t)
+LANES_FIXUPIMM(lanes_fixupimm_pd, __m512d, double, uint64_t)
+#undef LANES_FIXUPIMM
 #undef _mm512_fixupimm_ps
 #undef _mm512_fixupimm_pd
 #define _mm512_fixupimm_ps(a, v, table, flags) lanes_fixupimm_ps(a, v, table)
