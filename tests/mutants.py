@@ -71,8 +71,6 @@ MUTANTS = {  # file: (name, old text, new text)
             "b < a->batch; b += parts)",
             "b < a->batch; b += parts + (parts > 1))",
         ),
-        ("queries are not looked at", "tier->touch(fb_at(a->queries,", "if (0) tier->touch(fb_at(a->queries,"),
-        ("keys are not looked at", "tier->touch(keys->rows.data,", "if (0) tier->touch(keys->rows.data,"),
         ("queries of the first batch item", "(b * a->positions + first) * width", "first * width"),
         ("a second block of queries is the first", "e / FB_CHAIN * n * FB_ROW + q * queries.row", "q * queries.row"),
         ("a second block of keys is the first", "j * width + e, size);", "j * width, size);"),
@@ -432,7 +430,6 @@ MUTANTS = {  # file: (name, old text, new text)
     ],
     "csrc/fb_mix.c": [
         ("mixing: one x for the whole batch", "m.x = fb_at(t->x, b * t->x_batch, size);", "m.x = t->x;"),
-        ("mixing: the last block of two", "whole->last && i == n - 1;", "whole->last;"),
         ("mixing: every block is the first", "whole->first && i == 0;", "whole->first;"),
         (
             "mixing: wide features start anew",

@@ -102,6 +102,15 @@ def test_mix_positions_sizes(positions, dtype, every_tier, same_bytes):
             same_bytes(got, want[:, :features], f"{positions} x {features}, {tier}")
 
 
+@pytest.mark.parametrize(("positions", "features"), [(40, 1100), (2050, 5)])
+def test_mix_positions_of_more_than_is_packed_at_a_time(positions, features, dtype, every_tier, same_bytes):
+    rng = generator("wide and deep mixing", positions)
+    weights, x = (rng.standard_normal((positions, n)).astype(dtype) for n in (positions, features))
+    want = reference.mix_positions(weights, x)
+    for tier in every_tier():
+        same_bytes(fastblock.mix_positions(weights, x), want, tier)
+
+
 def test_bias_relu_sizes(dtype, every_tier, same_bytes):
     rng = generator("bias_relu")
     x, bias = rng.standard_normal((max(ROWS), 600)).astype(dtype), rng.standard_normal(600).astype(dtype)
@@ -443,6 +452,7 @@ BLOCK_SIZES = [  # (leading, P, D, F, E)
     ((), 97, 48, 257, 7),
     ((2, 2), 1, 16, 64, 8),
     ((), 130, 33, 300, 17),
+    ((), 40, 530, 20, 3),  # features of several passes over the tile of weights
     ((), 0, 3, 4, 2),
     ((0,), 5, 3, 4, 2),
     ((2,), 5, 0, 4, 2),

@@ -235,6 +235,15 @@ def test_attention_weights(kind, dtype, every_tier, same_bytes):
         args[i + 2][3] *= np.finfo(dtype).tiny
         want = reference.attention_weights(*args)
         same_on(every_tier, same_bytes, want, lambda a=args: fastblock.attention_weights(*a), f"projection {i}")
+    # ones that matter, for the other side is as large, and has small numbers that leave no room to scale it
+    tiny = np.finfo(dtype).tiny
+    for i, other in ((1, 2), (2, 1)):
+        args = [ordinary(rng, s, dtype) for s in shapes]
+        for scaled, row, by in ((i, 3, tiny / 8), (other, 3, 0.05 / tiny), (other, 4, tiny * 8)):
+            args[scaled][row] *= by
+            args[scaled + 2][row] *= by
+        want = reference.attention_weights(*args)
+        same_on(every_tier, same_bytes, want, lambda a=args: fastblock.attention_weights(*a), f"no room, {i}")
 
 
 NAMES = ["w1", "b1", "w2", "b2", "w_q", "w_k", "b_q", "b_k"]
